@@ -1,0 +1,1 @@
+"""What the Celery worker needs to run tasks safely on little memory."""

@@ -1,0 +1,65 @@
+# The table of contents. `make` lists it; every recipe is one line over a program in scripts/.
+# STACK_DIR=dir works on another instance than this clone (docs/operate.md).
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+PYTHON := var/venv/bin/python
+LOCK := scripts/requirements.lock
+TEST_LOCKS := scripts/requirements.lock tests/requirements.lock
+export PYTHONDONTWRITEBYTECODE = 1
+
+##@ Start and stop
+up: venv ## Bring everything up and wait until it is healthy (runs init; safe to repeat)
+	@$(PYTHON) scripts/up.py
+init: venv ## Check this host, write the plan and the secrets; start nothing
+	@$(PYTHON) scripts/init.py
+down: venv ## Stop everything; data is kept
+	@$(PYTHON) scripts/down.py
+restart: venv ## Stop and start again; data is kept
+	@$(PYTHON) scripts/down.py && $(PYTHON) scripts/up.py
+clean: venv ## DANGER: stop and delete all data and secrets (asks; unattended: YES=1)
+	@$(PYTHON) scripts/down.py --volumes $(if $(filter 1,$(YES)),--yes)
+
+##@ Look
+status: venv ## Health, memory and CPU of each service
+	@$(PYTHON) scripts/status.py
+logs: venv ## Follow the logs (S=service for one)
+	@$(PYTHON) scripts/compose.py logs --follow --tail 200 $(S)
+plan: venv ## Print the memory plan for this host (ARGS="--memory 8g --cpus 4" for another)
+	@$(PYTHON) scripts/plan.py $(ARGS)
+password: venv ## Print the first login's password
+	@$(PYTHON) scripts/password.py
+
+##@ Work
+demo: venv ## Run the training pipeline and follow it
+	@$(PYTHON) scripts/demo.py
+airflow: venv ## Run an Airflow command (ARGS="dags list")
+	@$(PYTHON) scripts/compose.py exec airflow-scheduler with-secrets airflow $(ARGS)
+shell: venv ## Open a shell in a service (S=airflow-worker)
+	@$(PYTHON) scripts/compose.py exec $(or $(S),airflow-worker) bash
+
+##@ Images
+build: venv ## Build the images that are due
+	@$(PYTHON) scripts/build.py
+push: venv ## Push the images to IMAGE_PREFIX
+	@$(PYTHON) scripts/build.py --push
+lock: venv ## Resolve the requirements again and write the lock files
+	@$(PYTHON) scripts/lock.py
+
+##@ Prove
+verify: test-venv ## Check the running stack, read-only, in under a minute
+	@$(PYTHON) -m pytest tests/stack --running -q
+test: test-venv ## Everything: static, unit, and a throwaway stack beside the running one
+	@$(PYTHON) -m pytest tests
+lint: test-venv ## The static checks alone
+	@$(PYTHON) -m pytest tests/static -q
+
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv:
+	@sh scripts/venv.sh $(LOCK)
+test-venv:
+	@sh scripts/venv.sh $(TEST_LOCKS)
+
+.PHONY: up init down restart clean status logs plan password demo airflow shell build push lock verify test lint help venv test-venv

@@ -1,0 +1,41 @@
+"""make build / make push: builds the images that are due, or pushes all of them to IMAGE_PREFIX.
+
+Changes: images and build cache of the engine; with --push the registry. Exit: 0 done, 1 failed,
+3 refused and nothing changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from stack import host, images, instance, preflight, settings
+from stack import engine as engines
+from stack.console import say
+from stack.errors import run_main
+
+
+def main(argv: Sequence[str]) -> int:
+    """Builds, and pushes if asked to."""
+    parser = argparse.ArgumentParser(prog="make build", description=__doc__)
+    parser.add_argument("--push", action="store_true", help="push the images to IMAGE_PREFIX")
+    arguments = parser.parse_args(argv)
+    here = instance.current()
+    chosen = settings.load(here.settings_file)
+    found = host.read()
+    preflight.raise_all(preflight.before_engine(found, chosen, here))
+    running = engines.ensure(found, may_install=chosen.install_engine == "auto")
+    wanted = images.tags(chosen)
+    due = images.missing(chosen, wanted)
+    preflight.check_engine_disk(running, to_build=bool(due))
+    if due:
+        images.build(found, chosen, {image: wanted[image] for image in due})
+    else:
+        say("build: nothing to do, every image is current")
+    if arguments.push:
+        images.push(chosen, wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,24 @@
+"""make logs / shell / airflow: Docker Compose with this instance's files and plan.
+
+    compose.py COMPOSE-ARGUMENT...
+
+Exit: Compose's own code; 3 when the stack has not been prepared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from stack import compose, instance
+from stack.errors import run_main
+
+
+def main(argv: Sequence[str]) -> int:
+    """Becomes `docker compose`: signals and the terminal are its own."""
+    command = compose.Compose(instance.current()).command(*argv)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,55 @@
+"""make down / make clean: stops the stack; `--volumes` deletes its data as well.
+
+Deleting asks at a terminal; without one it needs --yes (make clean YES=1). Changes only what
+carries this stack's label. Exit: 0 done, 1 failed, 2 usage, 3 refused and nothing changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+
+from stack import compose, instance, lifecycle
+from stack.console import say
+from stack.errors import StackError, run_main
+
+
+def main(argv: Sequence[str]) -> int:
+    """Stops the instance."""
+    parser = argparse.ArgumentParser(prog="make down", description=__doc__)
+    parser.add_argument("--volumes", action="store_true", help="delete the data and the secrets, too")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    arguments = parser.parse_args(argv)
+    here = instance.current()
+    stack = compose.Compose(here)
+    if arguments.volumes and not arguments.yes:
+        confirm(stack.project, compose.volumes(stack.project))
+    lifecycle.down(here, volumes=arguments.volumes)
+    if arguments.volumes:
+        # The secrets fit only the data that has just gone; the next `make up` makes new ones.
+        shutil.rmtree(here.secrets, ignore_errors=True)
+        here.env_file.unlink(missing_ok=True)
+        say("deleted: containers, volumes, secrets. stack.env, images and your DAGs are kept")
+    return 0
+
+
+def confirm(project: str, volumes: list[str]) -> None:
+    """Returns when the operator types the stack's name. Raises StackError (E-CONFIRM) otherwise."""
+    say(f"This deletes all data of {project}: {', '.join(volumes) or '(no volumes)'}, and secrets/.")
+    answer = ""
+    if sys.stdin.isatty():
+        say(f"Type {project} to go on:")
+        answer = sys.stdin.readline().strip()
+    if answer != project:
+        raise StackError(
+            "E-CONFIRM",
+            "not confirmed",
+            why="deleting data needs a person at a terminal, or YES=1",
+            fix="make clean YES=1",
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,284 @@
+"""The container engine: is it there, new enough, reachable; and where we may, install and start it.
+
+`inspect` only looks. `install` and `start` change the host, say so first, and are only called as
+root on a distribution whose packages are known to be new enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stack.console import say, step
+from stack.errors import Exit, StackError
+from stack.host import MIB, Host
+from stack.process import capture, stream
+
+MIN_ENGINE = (25, 0)
+"""health checks' `start_interval` came with Engine 25."""
+MIN_COMPOSE = (2, 26)
+"""The oldest Compose that this project was tried with."""
+
+# Distribution -> packages. Debian 12's own engine is 20.10: there the engine comes from Debian 13,
+# while runc and iptables stay Debian 12's, because Debian 13's would upgrade the C library.
+_FROM_TRIXIE = ("docker.io", "docker-cli", "docker-compose", "docker-buildx", "containerd")
+PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("debian", "12"): (*(f"{name}/trixie" for name in _FROM_TRIXIE), "runc", "iptables"),
+    ("debian", "13"): (*_FROM_TRIXIE, "runc", "iptables"),
+    ("ubuntu", "22.04"): ("docker.io", "docker-compose-v2", "docker-buildx", "iptables"),
+    ("ubuntu", "24.04"): ("docker.io", "docker-compose-v2", "docker-buildx", "iptables"),
+}
+
+_APT = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qy", "-o", "DPkg::Lock::Timeout=300")
+_LOG = Path("/var/log/stack-dockerd.log")
+_START_PATIENCE_S = 90
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What `docker` says of itself."""
+
+    server: str
+    compose: str
+    buildx: str
+    memory: int
+    """MiB that the engine's machine has: on Docker Desktop, its virtual machine's."""
+    cpus: int
+    root_dir: str
+    memory_limits: bool
+    desktop: bool
+
+
+def version(text: str) -> tuple[int, ...]:
+    """(26, 1) of `26.1.5+dfsg1` or `v2.26.1-4`; () where there is no number."""
+    numbers = []
+    for part in text.strip().lstrip("v").split(".")[:2]:
+        digits = "".join(character for character in part if character.isdigit())
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)
+
+
+def reachable() -> bool:
+    """Whether an engine answers."""
+    return capture(["docker", "version", "--format", "{{.Server.Version}}"], timeout=15, check=False).code == 0
+
+
+def installed() -> bool:
+    """Whether the client with its plugins and a local engine are there (an engine elsewhere counts)."""
+    if capture(["docker", "compose", "version"], timeout=15, check=False).code != 0:
+        return False
+    if capture(["docker", "buildx", "version"], timeout=15, check=False).code != 0:
+        return False
+    return reachable() or _dockerd() is not None
+
+
+def _dockerd() -> str | None:
+    return shutil.which("dockerd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def inspect() -> Engine:
+    """The engine's facts. Raises StackError where it is missing, unreachable or too old."""
+    answer = capture(["docker", "info", "--format", "{{json .}}"], timeout=30, check=False)
+    info = json.loads(answer.out) if answer.out.strip().startswith("{") else {}
+    if answer.code != 0 or not info.get("ServerVersion"):
+        reason = (answer.err.strip() or "\n".join(info.get("ServerErrors") or []) or "no answer").splitlines()[-1]
+        if "permission denied" in reason.lower():
+            raise StackError(
+                "E-ENGINE-ACCESS",
+                "this user may not use the Docker Engine",
+                why=reason,
+                fix="sudo usermod -aG docker $USER, then log in again (being in that group is like being root)",
+            )
+        raise StackError(
+            "E-ENGINE",
+            "no Docker Engine answers",
+            why=reason,
+            fix="start it (sudo systemctl start docker, or Docker Desktop); as root on Debian or Ubuntu `make up` does",
+        )
+    compose = capture(["docker", "compose", "version", "--short"], timeout=15, check=False).out.strip()
+    buildx = capture(["docker", "buildx", "version"], timeout=15, check=False).out.strip()
+    found = Engine(
+        server=info["ServerVersion"],
+        compose=compose,
+        buildx=buildx.split()[1] if len(buildx.split()) > 1 else "",
+        memory=int(info.get("MemTotal", 0)) // MIB,
+        cpus=int(info.get("NCPU", 1)),
+        root_dir=info.get("DockerRootDir", "/var/lib/docker"),
+        memory_limits=bool(info.get("MemoryLimit", True)),
+        desktop="desktop" in str(info.get("OperatingSystem", "")).lower(),
+    )
+    require(found)
+    return found
+
+
+def require(engine: Engine) -> None:
+    """Raises StackError (E-ENGINE-OLD, E-ENGINE-MEMORY) where an engine cannot run the stack."""
+    upgrade = "upgrade the Docker packages; on Debian 12 they come from Debian 13 (docs/operate.md)"
+    if version(engine.server) < MIN_ENGINE:
+        raise StackError(
+            "E-ENGINE-OLD",
+            f"Docker Engine {engine.server} is too old; the stack needs {MIN_ENGINE[0]} or newer",
+            why="health checks with a start interval came with Engine 25; without them starting takes minutes",
+            fix=upgrade,
+        )
+    if version(engine.compose) < MIN_COMPOSE:
+        raise StackError(
+            "E-ENGINE-OLD",
+            f"Docker Compose {engine.compose or '(none)'} is too old; the stack needs "
+            f"{'.'.join(map(str, MIN_COMPOSE))} or newer",
+            why="older ones read these Compose files differently, or not at all",
+            fix=upgrade,
+        )
+    if not engine.memory_limits:
+        raise StackError(
+            "E-ENGINE-MEMORY",
+            "this engine cannot limit memory",
+            why="the kernel's memory cgroup is off; without limits one task could take the whole host",
+            fix="boot with cgroup_enable=memory swapaccount=1, then run the same command again",
+        )
+
+
+def ensure(host: Host, *, may_install: bool) -> Engine:
+    """The engine, installed and started where that is needed and allowed."""
+    if not installed():
+        _check_may_install(host, may_install)
+        install(host)
+    if not reachable() and host.root and _dockerd():
+        start(host)
+    return inspect()
+
+
+def _check_may_install(host: Host, may_install: bool) -> None:
+    known = (host.os_id, host.os_version) in PACKAGES
+    if known and host.root and may_install:
+        return
+    if known:
+        names = " ".join(PACKAGES[host.os_id, host.os_version])
+        fix = f"as root: make up. It installs the distribution's packages: {names}"
+    else:
+        fix = "install Docker Engine 25 or newer with Compose 2.26 and Buildx, as your system's documentation says"
+    raise StackError(
+        "E-ENGINE",
+        "Docker Engine, Compose or Buildx is not installed",
+        why="INSTALL_ENGINE=never is set" if known and host.root else "installing it needs root on a known distribution",
+        fix=fix,
+    )
+
+
+def install(host: Host) -> None:
+    """Installs the engine from the distribution's packages. Changes the host, and says what."""
+    packages = PACKAGES[host.os_id, host.os_version]
+    say(f"Docker Engine is missing: installing {' '.join(packages)} with apt-get")
+    with step("installing Docker Engine") as progress:
+        _apt(progress.update, "update")
+        if (host.os_id, host.os_version) == ("debian", "12"):
+            _add_trixie()
+            _apt(progress.update, "update")
+        _apt(progress.update, "install", "--no-install-recommends", *packages)
+
+
+def apt_install(host: Host, *packages: str) -> None:
+    """Installs packages of the distribution (the bootstrap's tools). Root on Debian or Ubuntu only."""
+    with step(f"installing {' '.join(packages)}") as progress:
+        if capture([*_APT, "install", "--no-install-recommends", *packages], timeout=600, check=False).code != 0:
+            _apt(progress.update, "update")
+            _apt(progress.update, "install", "--no-install-recommends", *packages)
+
+
+def _apt(on_line: Callable[[str], None], *words: str) -> None:
+    lines: list[str] = []
+
+    def keep(line: str) -> None:
+        lines.append(line)
+        on_line(line[:80])
+
+    code = stream([*_APT, *words], timeout=900, on_line=keep)
+    # A source of somebody else's that does not answer fails `update`; what counts is `install`.
+    if code != 0 and words[0] != "update":
+        raise StackError(
+            "E-ENGINE-INSTALL",
+            f"apt-get {words[0]} failed with code {code}",
+            why="\n".join(lines[-12:]),
+            fix="see that this host reaches its Debian mirror, then run the same command again",
+            changed="packages may be partly installed",
+            exit_code=Exit.FAILED,
+        )
+
+
+def _debian_mirror() -> str:
+    """The mirror that this host's own sources name."""
+    lines = capture(["apt-get", "indextargets", "--format", "$(ORIGIN) $(CODENAME) $(REPO_URI)"], timeout=30).out
+    for line in lines.splitlines():
+        origin, _, rest = line.partition(" ")
+        codename, _, uri = rest.partition(" ")
+        if origin == "Debian" and "security" not in codename and uri:
+            return uri.rstrip("/")
+    raise StackError(
+        "E-ENGINE-INSTALL",
+        "no Debian mirror is among this host's package sources",
+        why="Debian 12's own engine is too old; the one of Debian 13 comes from the same mirror",
+        fix="add a Debian mirror to /etc/apt/sources.list, or install Docker Engine 25 yourself",
+    )
+
+
+def _add_trixie() -> None:
+    """Makes Debian 13's packages available, at a priority that upgrades nothing by itself."""
+    say("Debian 12's engine is too old: adding Debian 13 as a source of low priority (/etc/apt/*/stack-trixie*)")
+    Path("/etc/apt/sources.list.d/stack-trixie.sources").write_text(
+        f"Types: deb\nURIs: {_debian_mirror()}\nSuites: trixie\nComponents: main\n"
+        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+    )
+    Path("/etc/apt/preferences.d/stack-trixie").write_text("Package: *\nPin: release n=trixie*\nPin-Priority: 100\n")
+
+
+def start(host: Host) -> None:
+    """Starts the installed engine and waits until it answers. Raises StackError after 90 s."""
+    with step("starting Docker Engine") as progress:
+        if host.systemd:
+            capture(["systemctl", "enable", "--now", "docker"], timeout=120)
+        else:
+            _clear_stale("/run/docker.pid", "dockerd")
+            _clear_stale("/run/docker/containerd/containerd.pid", "containerd")
+            # A session of its own: the engine outlives this program and its terminal.
+            with _LOG.open("ab") as log:
+                subprocess.Popen(
+                    [_dockerd() or "dockerd"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    cwd="/",
+                )
+        deadline = time.monotonic() + _START_PATIENCE_S
+        while not reachable():
+            if time.monotonic() > deadline:
+                tail = "" if host.systemd or not _LOG.exists() else "\n".join(_LOG.read_text().splitlines()[-8:])
+                raise StackError(
+                    "E-ENGINE",
+                    f"Docker Engine did not answer within {_START_PATIENCE_S} s of its start",
+                    why=tail or "see `journalctl -u docker`",
+                    fix="mend what its log says, then run the same command again",
+                    changed="the engine was started",
+                    exit_code=Exit.TIMED_OUT,
+                )
+            progress.update("waiting for `docker version`")
+            time.sleep(0.3)
+
+
+def _clear_stale(pid_file: str, program: str) -> None:
+    """Removes the pid file of an engine that was killed; dockerd refuses to start beside one."""
+    path = Path(pid_file)
+    try:
+        name = Path(f"/proc/{int(path.read_text())}/comm").read_text().strip()
+    except (OSError, ValueError):
+        name = ""
+    if path.exists() and name != program:
+        path.unlink()

@@ -1,0 +1,201 @@
+"""The verbs: prepare, start, stop. Each checks first, acts then, and can be run again at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from stack import compose, engine, host, images, preflight, secrets, settings
+from stack.compose import Compose, Container
+from stack.console import say, step
+from stack.errors import Exit, StackError
+from stack.instance import ROOT, Instance
+from stack.plan import Plan
+from stack.process import start as start_process
+
+UP_PATIENCE_S = 420
+"""A start from empty volumes took 40 s on 2 cores; a slow disk may need ten times that."""
+JOBS = ("airflow-init", "mlflow-init", "minio-init")
+"""Services that end when their work is done."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `init` found and wrote."""
+
+    settings: settings.Settings
+    plan: Plan
+    tags: dict[str, str]
+    written: list[str]
+
+
+def prepare(instance: Instance, *, may_install: bool = True) -> Prepared:
+    """Checks the host, then writes stack.env, the plan and the secrets where they are not current."""
+    chosen = settings.load(instance.settings_file)
+    found = host.read()
+    preflight.raise_all(preflight.before_engine(found, chosen, instance))
+    running = engine.ensure(found, may_install=may_install and chosen.install_engine == "auto")
+    tags = images.tags(chosen)
+    due = bool(images.missing(chosen, tags))
+    preflight.raise_all(preflight.with_engine(found, chosen, running, to_build=due))
+    missing = secrets.check(instance.secrets, data_exists=bool(compose.volumes(chosen.stack_name)))
+    plan = preflight.plan_for(found, chosen, running)
+
+    # --- From here on files are written. ---
+    instance.directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    if not instance.settings_file.exists():
+        instance.settings_file.write_text(settings.render_defaults(), encoding="utf-8")
+        written.append(instance.settings_file.name)
+    written += [f"secrets/{name}" for name in secrets.ensure(instance.secrets, chosen, missing)]
+    values = compose.environment(instance, chosen, plan, tags) | {
+        "SECRETS_DIGEST": _digest(instance.secrets),
+        "CONFIG_DIGEST": _digest(ROOT / "config"),
+    }
+    text = compose.render_environment(values)
+    if not instance.env_file.exists() or instance.env_file.read_text(encoding="utf-8") != text:
+        instance.env_file.write_text(text, encoding="utf-8")
+        written.append(instance.env_file.name)
+    _hand_over(instance)
+    return Prepared(chosen, plan, tags, written)
+
+
+def _digest(folder: Path) -> str:
+    """Changes when any file of a folder does: containers are made anew when what they mount changed."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _hand_over(instance: Instance) -> None:
+    """Under sudo: gives what was written to the owner of the instance's directory."""
+    if os.geteuid() != 0:
+        return
+    owner = instance.directory.stat()
+    if owner.st_uid == 0:
+        return
+    mine = [instance.settings_file, instance.env_file, instance.secrets, *instance.secrets.iterdir()]
+    for path in mine:
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def up(instance: Instance) -> Prepared:
+    """Brings the stack up and returns when every service is healthy."""
+    prepared = prepare(instance)
+    if prepared.written:
+        say(f"init: wrote {', '.join(name for name in prepared.written if not name.startswith('secrets/')) or 'secrets'}"
+            + (f" and {count} secrets" if (count := sum(n.startswith("secrets/") for n in prepared.written)) else ""))
+    images.ensure(host.read(), prepared.settings, prepared.tags)
+    stack = Compose(instance)
+    if is_current(stack):
+        say("nothing to do: every service is healthy and as configured")
+        return prepared
+    start(stack)
+    return prepared
+
+
+def is_current(stack: Compose) -> bool:
+    """Whether every service runs as configured and is healthy, and every job has ended well."""
+    wanted = stack.hashes()
+    running = {container.service: container for container in stack.containers()}
+    return wanted.keys() == running.keys() and all(
+        container.good and container.config_hash == wanted[service] for service, container in running.items()
+    )
+
+
+def start(stack: Compose, patience: float = UP_PATIENCE_S) -> None:
+    """Starts what is not running as configured and waits until all of it is healthy.
+
+    Raises StackError (E-UNHEALTHY) with each unhappy service's last words.
+    """
+    wanted = set(stack.hashes())
+    with step(f"starting {len(wanted)} services") as progress, tempfile.TemporaryFile("w+") as output:
+        child = start_process(stack.command("up", "--detach", "--remove-orphans", "--no-build", "--pull", "never"), output)
+        deadline = time.monotonic() + patience
+        try:
+            while True:
+                ended = child.poll()
+                now = {container.service: container for container in stack.containers()}
+                waiting = sorted(name for name in wanted if name not in now or not now[name].good)
+                progress.update(f"{len(wanted) - len(waiting)} of {len(wanted)} ready; waiting for {', '.join(waiting)}")
+                if ended == 0 and not waiting:
+                    return
+                if ended not in (None, 0):
+                    output.seek(0)
+                    tail = "\n".join(output.read().strip().splitlines()[-3:])
+                    raise compose.not_healthy(stack, f"docker compose up ended with code {ended}: {tail}", Exit.FAILED)
+                _raise_if_hopeless(stack, now)
+                if time.monotonic() > deadline:
+                    raise compose.not_healthy(
+                        stack, f"after {patience:.0f} s still waiting for: {', '.join(waiting)}", Exit.TIMED_OUT
+                    )
+                time.sleep(0.5)
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait(timeout=30)
+
+
+def _raise_if_hopeless(stack: Compose, now: dict[str, Container]) -> None:
+    """A service that keeps ending will not become healthy by waiting."""
+    for container in now.values():
+        if container.restarts >= 3 or container.health == "unhealthy":
+            raise compose.not_healthy(stack, f"{container.service} does not stay up", Exit.FAILED)
+
+
+def down(instance: Instance, *, volumes: bool = False) -> None:
+    """Stops and removes the containers; with `volumes` the data as well."""
+    stack = Compose(instance)
+    words = ["down", "--remove-orphans", *(["--volumes"] if volumes else [])]
+    # Opt-in services are stopped whatever the setting says now.
+    title = "stopping and deleting all data" if volumes else "stopping (data is kept)"
+    with step(title) as progress, tempfile.TemporaryFile("w+") as output:
+        child = start_process(stack.command("--profile", "*", *words), output)
+        deadline = time.monotonic() + 700  # the worker's stop grace of 600 s, and some
+        while (code := child.poll()) is None:
+            left = [container.service for container in stack.containers()]
+            progress.update(f"waiting for {', '.join(left)}")
+            if time.monotonic() > deadline:
+                child.terminate()
+                code = 124
+                break
+            time.sleep(0.3)
+        output.seek(0)
+        tail = "\n".join(output.read().strip().splitlines()[-8:])
+    if code != 0:
+        raise StackError(
+            "E-DOWN",
+            f"docker compose down ended with code {code}",
+            why=tail,
+            fix="run the same command again; `docker ps` shows what is left",
+            changed="some containers may be gone",
+            exit_code=Exit.FAILED,
+        )
+
+
+def addresses(prepared: Prepared, instance: Instance, *, show_password: bool) -> str:
+    """Where the pages are and how to log in the first time."""
+    chosen = prepared.settings
+    password_file = instance.secrets / "admin_password"
+    password = (
+        password_file.read_text(encoding="utf-8").strip()
+        if show_password
+        else f"in {os.path.relpath(password_file)}"
+    )
+    lines = [
+        f"Airflow   http://localhost:{chosen.airflow_port}   (API server, formerly webserver)",
+        f"MLflow    http://localhost:{chosen.mlflow_port}",
+    ]
+    if chosen.flower == "on":
+        lines.append(f"Flower    http://localhost:{chosen.flower_port}   (password in secrets/flower_password)")
+    lines += [
+        f"login     {chosen.admin_user}, password {password}",
+        "next      make demo (a training pipeline) · make status · make help",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,242 @@
+"""The memory plan: a pure function from a host's size to every limit and concurrency.
+
+Sums stay below the budget; floors come first, what is left is shared by weight, and what capped
+services cannot use goes to the others. No engine, no files but config/sizing.yaml.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from stack.errors import StackError
+from stack.instance import ROOT
+
+MIB = 2**20
+SIZING_FILE = ROOT / "config" / "sizing.yaml"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Reserve(_Model):
+    """Memory that the stack leaves to the host: a fraction of it, in MiB at least `floor`."""
+
+    fraction: float = Field(ge=0, lt=1)
+    floor: int = Field(ge=0)
+
+
+class ServiceSizing(_Model):
+    """One service's claim, in MiB; see config/sizing.yaml."""
+
+    floor: int = Field(gt=0)
+    weight: float = Field(ge=0)
+    cap: int | None
+    reserve: float = Field(ge=0, le=1)
+
+
+class WorkerSizing(_Model):
+    """What the worker's memory is made of, in MiB."""
+
+    base: int
+    slot: int
+    task: int
+    min_slots: int
+    slots_per_cpu: float
+    max_slots: int
+
+
+class WebSizing(_Model):
+    """Processes of a web service: MiB for each, and how many at the most."""
+
+    per_worker: int
+    max_workers: int
+
+
+class Sizing(_Model):
+    """config/sizing.yaml."""
+
+    reserve: Reserve
+    services: dict[str, ServiceSizing]
+    worker: WorkerSizing
+    apiserver: WebSizing
+    mlflow: WebSizing
+
+    @property
+    def floor(self) -> int:
+        """MiB that the stack needs at the least, the host's reserve not counted."""
+        return sum(service.floor for service in self.services.values())
+
+
+class Limit(_Model):
+    """One container's memory, in MiB."""
+
+    limit: int
+    reservation: int
+
+
+class Plan(_Model):
+    """Every figure that depends on the host."""
+
+    memory: int
+    """MiB that the plan was made for."""
+    budget: int
+    """MiB that all limits together may reach."""
+    cpus: float
+    limits: dict[str, Limit]
+    worker_slots: int
+    task_budget: int
+    """MiB that each slot's task can have if all slots are busy."""
+    apiserver_workers: int
+    mlflow_workers: int
+    parallelism: int
+    postgres_connections: int
+
+    @property
+    def total(self) -> int:
+        """MiB of all limits together."""
+        return sum(limit.limit for limit in self.limits.values())
+
+    def environment(self) -> dict[str, str]:
+        """The plan as variables for the Compose files."""
+        values = {}
+        for name, limit in self.limits.items():
+            values[f"{name.upper()}_MEMORY"] = f"{limit.limit}m"
+            values[f"{name.upper()}_RESERVATION"] = f"{limit.reservation}m"
+        postgres, redis, minio = (self.limits[name].limit for name in ("postgres", "redis", "minio"))
+        return values | {
+            "WORKER_CONCURRENCY": str(self.worker_slots),
+            "AIRFLOW_PARALLELISM": str(self.parallelism),
+            "APISERVER_WORKERS": str(self.apiserver_workers),
+            "MLFLOW_WORKERS": str(self.mlflow_workers),
+            # A quarter for shared buffers is Postgres's own advice; the rest caches files and sorts.
+            "POSTGRES_SHARED_BUFFERS": f"{postgres // 4}MB",
+            "POSTGRES_EFFECTIVE_CACHE": f"{postgres * 3 // 4}MB",
+            "POSTGRES_SHM": f"{max(64, postgres // 4)}m",
+            "POSTGRES_MAX_CONNECTIONS": str(self.postgres_connections),
+            # The rest is for the fork that rewrites the append-only file, and for client buffers.
+            "REDIS_MAXMEMORY": f"{redis * 6 // 10}mb",
+            "MINIO_GOMEMLIMIT": f"{minio * 8 // 10}MiB",
+        }
+
+
+def load_sizing(path: Path = SIZING_FILE) -> Sizing:
+    """Reads config/sizing.yaml, strictly."""
+    data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return Sizing.model_validate(data)
+
+
+def make_plan(sizing: Sizing, memory: int, cpus: float, *, whole: bool = False) -> Plan:
+    """The plan for `memory` MiB and `cpus` CPUs.
+
+    With `whole` the memory is already the stack's own (STACK_MEMORY): nothing is kept back for the
+    host. Raises StackError (E-MEM-LOW) with the figure that is missing when the floors do not fit.
+    """
+    kept = 0 if whole else max(sizing.reserve.floor, math.ceil(memory * sizing.reserve.fraction))
+    budget = memory - kept
+    if budget < sizing.floor:
+        needed = sizing.floor if whole else math.ceil(
+            max(sizing.floor + sizing.reserve.floor, sizing.floor / (1 - sizing.reserve.fraction))
+        )
+        source = "STACK_MEMORY is" if whole else "this host has"
+        raise StackError(
+            "E-MEM-LOW",
+            f"{source} {memory / 1024:.1f} GiB; the stack needs {math.ceil(needed / 102.4) / 10:.1f} GiB",
+            why="with less, the kernel would kill services under load: that is the WorkerLostError of the tutorials",
+            fix="raise STACK_MEMORY in stack.env" if whole else "give the host (or the Docker VM) more memory",
+        )
+    limits = _share(sizing, budget)
+    worker = sizing.worker
+    per_slot = worker.slot + worker.task
+    slots_by_memory = (limits["worker"] - worker.base) // per_slot
+    slots_by_cpu = math.ceil(cpus * worker.slots_per_cpu)
+    slots = max(worker.min_slots, min(slots_by_memory, slots_by_cpu, worker.max_slots))
+    apiserver_workers = _web_workers(sizing.apiserver, limits["apiserver"], cpus)
+    mlflow_workers = _web_workers(sizing.mlflow, limits["mlflow"], cpus)
+    return Plan(
+        memory=memory,
+        budget=budget,
+        cpus=cpus,
+        limits={
+            name: Limit(limit=limit, reservation=int(limit * sizing.services[name].reserve))
+            for name, limit in limits.items()
+        },
+        worker_slots=slots,
+        task_budget=(limits["worker"] - worker.base) // slots - worker.slot,
+        apiserver_workers=apiserver_workers,
+        mlflow_workers=mlflow_workers,
+        # A few more than slots keep the queue from running dry; many more would wait in Redis and
+        # run into task_queued_timeout.
+        parallelism=slots + 4,
+        # One per pool child (results), pools of 5 + 10 for each Airflow process and MLflow worker,
+        # psql sessions of an operator.
+        postgres_connections=30 + slots + 15 * (3 + apiserver_workers) + 2 * 15 * mlflow_workers,
+    )
+
+
+def _share(sizing: Sizing, budget: int) -> dict[str, int]:
+    """Limits in MiB: floors, then the rest by weight; what a cap refuses is shared again."""
+    limits = {name: float(service.floor) for name, service in sizing.services.items()}
+    rest = float(budget - sizing.floor)
+    open_ones = {name for name, service in sizing.services.items() if service.weight > 0}
+    while rest > 1 and open_ones:
+        weights = sum(sizing.services[name].weight for name in open_ones)
+        offered = {name: rest * sizing.services[name].weight / weights for name in open_ones}
+        for name, share in offered.items():
+            cap = sizing.services[name].cap
+            taken = share if cap is None else min(share, max(0.0, cap - limits[name]))
+            limits[name] += taken
+            rest -= taken
+            if taken < share:
+                open_ones.discard(name)
+    # Whole multiples of 8 MiB, downwards: the sum stays within the budget.
+    return {
+        name: max(sizing.services[name].floor, int(limit) // 8 * 8) for name, limit in limits.items()
+    }
+
+
+def _web_workers(sizing: WebSizing, limit: int, cpus: float) -> int:
+    return max(1, min(limit // sizing.per_worker, math.ceil(cpus), sizing.max_workers))
+
+
+def render(plan: Plan) -> str:
+    """The plan as a table for people."""
+    lines = [
+        f"memory {plan.memory / 1024:.1f} GiB, {plan.cpus:g} CPUs; budget {plan.budget} MiB, planned {plan.total} MiB",
+        f"worker: {plan.worker_slots} slots, {plan.task_budget} MiB for each task when all are busy",
+        f"API server: {plan.apiserver_workers} process(es); MLflow: {plan.mlflow_workers}",
+        "",
+        f"{'service':<16}{'limit MiB':>10}{'reserved':>10}",
+    ]
+    for name, limit in plan.limits.items():
+        lines.append(f"{name.replace('_', '-'):<16}{limit.limit:>10}{limit.reservation:>10}")
+    return "\n".join(lines)
+
+
+EXAMPLE_HOSTS = ((4, 2), (8, 2), (16, 4), (24, 2), (64, 16))
+"""GiB and CPUs of the hosts in docs/memory.md's table."""
+
+
+def render_examples(sizing: Sizing) -> str:
+    """The table of docs/memory.md, as Markdown: one column a host."""
+    plans = [make_plan(sizing, memory * 1024, cpus) for memory, cpus in EXAMPLE_HOSTS]
+    head = "| | " + " | ".join(f"{memory} GiB, {cpus} CPUs" for memory, cpus in EXAMPLE_HOSTS) + " |"
+    rows = [head, "|---|" + "---:|" * len(plans)]
+
+    def row(label: str, values: list[int]) -> None:
+        rows.append(f"| {label} | " + " | ".join(str(value) for value in values) + " |")
+
+    row("budget", [plan.budget for plan in plans])
+    for name in sizing.services:
+        row(name.replace("_", "-"), [plan.limits[name].limit for plan in plans])
+    row("**sum of limits**", [plan.total for plan in plans])
+    row("worker slots", [plan.worker_slots for plan in plans])
+    row("MiB per task, all slots busy", [plan.task_budget for plan in plans])
+    row("API server processes", [plan.apiserver_workers for plan in plans])
+    row("MLflow processes", [plan.mlflow_workers for plan in plans])
+    return "\n".join(rows)

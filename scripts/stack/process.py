@@ -1,0 +1,156 @@
+"""The one door for subprocesses: argument lists, bounded, no secret in an argument.
+
+Every call has a time-out. Output is either captured (for facts) or streamed (for people).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from stack.errors import Exit, StackError
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished command said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def capture(
+    command: Sequence[str | Path],
+    *,
+    timeout: float,
+    check: bool = True,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+) -> Result:
+    """Runs a command and returns what it printed.
+
+    `timeout` is in seconds. Raises StackError (E-COMMAND) when the command is missing, runs out
+    of time, or, with `check`, exits with another code than 0.
+    """
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            cwd=cwd,
+            env={**os.environ, **env} if env else None,
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            check=False,
+        )
+    except FileNotFoundError:
+        if check:
+            raise _failure(words, f"{words[0]} is not installed", "") from None
+        return Result(127, "", f"{words[0]}: not found")
+    except subprocess.TimeoutExpired:
+        if check:
+            raise _failure(words, f"no answer within {timeout:g} s", "", Exit.TIMED_OUT) from None
+        return Result(124, "", f"no answer within {timeout:g} s")
+    if check and done.returncode != 0:
+        raise _failure(words, f"it exited {done.returncode}", done.stderr or done.stdout)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def stream(
+    command: Sequence[str | Path],
+    *,
+    timeout: float,
+    on_line: Callable[[str], None] | None = None,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> int:
+    """Runs a command whose output is for a person, line by line, and returns its exit code.
+
+    Without `on_line` the command owns the terminal. With it, stdout and stderr come as lines.
+    Raises StackError (E-COMMAND, exit 4) after `timeout` seconds.
+    """
+    words = [str(word) for word in command]
+    child = subprocess.Popen(
+        words,
+        cwd=cwd,
+        env={**os.environ, **env} if env else None,
+        stdin=subprocess.DEVNULL if on_line else None,
+        stdout=subprocess.PIPE if on_line else None,
+        stderr=subprocess.STDOUT if on_line else None,
+        text=True,
+        errors="replace",
+        # The child is a group of its own, so that a time-out ends all of it.
+        start_new_session=on_line is not None,
+    )
+    timed_out = False
+
+    def end(_number: int, _frame: object) -> None:
+        nonlocal timed_out
+        timed_out = True
+        _end_group(child)
+
+    previous = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    try:
+        if on_line and child.stdout:
+            for line in child.stdout:
+                on_line(line.rstrip("\n"))
+        code = child.wait()
+    except BaseException:
+        _end_group(child)
+        child.wait()
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    if timed_out:
+        raise _failure(words, f"not done within {timeout:g} s", "", Exit.TIMED_OUT)
+    return code
+
+
+def _end_group(child: subprocess.Popen[str]) -> None:
+    """Ends a child and, where it leads a group of its own, that group."""
+    if child.poll() is not None:
+        return
+    if os.getpgid(child.pid) == child.pid:
+        os.killpg(child.pid, signal.SIGTERM)
+    else:
+        child.terminate()
+
+
+def _failure(words: Sequence[str], why: str, output: str, code: Exit = Exit.FAILED) -> StackError:
+    tail = "\n".join(output.strip().splitlines()[-15:])
+    return StackError(
+        "E-COMMAND",
+        f"a command failed: {shlex.join(words)[:400]}",
+        why=f"{why}\n{tail}" if tail else why,
+        fix="read the lines above; the same command can be run by hand",
+        changed="see above",
+        exit_code=code,
+    )
+
+
+def start(command: Sequence[str | Path], output: IO[str]) -> subprocess.Popen[str]:
+    """Starts a command whose end the caller watches; its output goes to a file.
+
+    It is a group of its own: Ctrl-C reaches the caller, who decides.
+    """
+    return subprocess.Popen(
+        [str(word) for word in command],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )

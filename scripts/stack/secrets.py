@@ -1,0 +1,185 @@
+"""The stack's secrets: made once, one file each, never printed, logged or put on a command line.
+
+*Primary* secrets are random. *Derived* ones (URLs, connection documents, an ACL) are rendered from
+them at every `make init`, so that each consumer mounts one ready file.
+
+Files are 0444 inside a 0700 directory: the directory keeps other users of the host out, and each
+container, whatever its uid, can read the files that are mounted into it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import secrets as random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from stack.errors import StackError
+from stack.settings import Settings
+
+
+def _password() -> str:
+    # 32 characters of 64: 192 bits, and no character that a URL or an ini file would need escaped.
+    return random.token_urlsafe(24)
+
+
+def _fernet_key() -> str:
+    return base64.urlsafe_b64encode(random.token_bytes(32)).decode()
+
+
+PRIMARY: Mapping[str, Callable[[], str]] = {
+    "admin_password": _password,
+    "postgres_password": _password,
+    "airflow_db_password": _password,
+    "celery_db_password": _password,
+    "mlflow_db_password": _password,
+    "mlflow_auth_db_password": _password,
+    "redis_password": _password,
+    "minio_root_password": _password,
+    "mlflow_s3_secret": _password,
+    "airflow_logs_s3_secret": _password,
+    "pipelines_s3_secret": _password,
+    "fernet_key": _fernet_key,
+    "jwt_secret": _password,
+    "api_secret_key": _password,
+    "mlflow_flask_secret": _password,
+    "mlflow_kek_passphrase": _password,
+    "mlflow_airflow_password": _password,
+    "flower_password": _password,
+}
+"""Name -> how to make it. A name is a file in secrets/ and a secret in compose/secrets.yaml."""
+
+
+def derive(primary: Mapping[str, str], settings: Settings) -> dict[str, str]:
+    """The files that follow from the primary secrets; the same input gives the same bytes."""
+
+    def database(name: str) -> str:
+        return f"postgresql+psycopg2://{name}:{primary[f'{name}_db_password']}@postgres:5432/{name}"
+
+    def s3_connection(identity: str) -> str:
+        return json.dumps(
+            {
+                "conn_type": "aws",
+                "login": identity,
+                "password": primary[f"{identity.replace('-', '_')}_s3_secret"],
+                "extra": {
+                    "endpoint_url": "http://minio:9000",
+                    "region_name": "us-east-1",
+                    # A log upload holds its worker slot: an unreachable store must not hold it long.
+                    "config_kwargs": {"connect_timeout": 3, "read_timeout": 30, "retries": {"total_max_attempts": 3}},
+                },
+            }
+        )
+
+    redis_hash = hashlib.sha256(primary["redis_password"].encode()).hexdigest()
+    login = base64.b64encode(f"airflow:{primary['mlflow_airflow_password']}".encode()).decode()
+    return {
+        "airflow_db_url": database("airflow"),
+        "celery_result_url": f"db+{database('celery')}",
+        "mlflow_backend_url": database("mlflow"),
+        "mlflow_auth_ini": "\n".join(
+            [
+                "[mlflow]",
+                "default_permission = READ",
+                f"database_uri = {database('mlflow_auth')}",
+                f"admin_username = {settings.admin_user}",
+                "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",
+                # A password check costs 50 ms of CPU; a changed one is known everywhere this soon.
+                "auth_cache_ttl_seconds = 30",
+            ]
+        ),
+        "mlflow_probe_header": f"Authorization: Basic {login}",
+        "redis_acl": "\n".join(
+            [
+                "user default off",
+                # A queue's commands; none that reads or changes the server's configuration.
+                f"user airflow on #{redis_hash} ~* &* +@all -@admin -@dangerous +info",
+            ]
+        ),
+        "broker_url": f"redis://airflow:{primary['redis_password']}@redis:6379/0",
+        "conn_stack_logs": s3_connection("airflow-logs"),
+        "conn_stack_data": s3_connection("pipelines"),
+        "flower_basic_auth": f"{settings.admin_user}:{primary['flower_password']}",
+    }
+
+
+def derived_names() -> list[str]:
+    """The names of the derived files."""
+    from stack.settings import DEFAULTS
+
+    return list(derive(dict.fromkeys(PRIMARY, "x"), DEFAULTS))
+
+
+def check(directory: Path, *, data_exists: bool) -> list[str]:
+    """The primary secrets that are not there yet. Changes nothing.
+
+    Raises StackError: E-SECRET for a file that is empty or unreadable, E-SECRET-LOST for a missing
+    one while volumes of this stack exist, whose data was written with it.
+    """
+    missing = []
+    for name in PRIMARY:
+        path = directory / name
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            missing.append(name)
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise StackError(
+                "E-SECRET",
+                f"the secret {path} cannot be read",
+                why=str(error),
+                fix=f"make it readable for you: chmod u+r '{path}'; after a run with sudo: chown -R $(id -u) '{directory}'",
+            ) from error
+        if not text or "\x00" in text:
+            raise StackError(
+                "E-SECRET",
+                f"the secret {path} is empty",
+                why="a service that starts with it would lock itself out of its own data",
+                fix="put the former content back from your backup of secrets/; on a stack without data, delete the file",
+            )
+    if missing and data_exists:
+        raise StackError(
+            "E-SECRET-LOST",
+            f"secret(s) missing while this stack has data: {', '.join(missing)}",
+            why="the data in the volumes was written with them; new ones would not open it",
+            fix=f"put them back into {directory} from your backup.\n"
+            "Without a backup: `make clean` deletes the data, and the next `make up` begins anew",
+        )
+    return missing
+
+
+def ensure(directory: Path, settings: Settings, missing: list[str]) -> list[str]:
+    """Creates the missing primary secrets, renders the derived ones; returns what it wrote."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.chmod(0o700)
+    written = []
+    for name in missing:
+        _write(directory / name, PRIMARY[name]())
+        written.append(name)
+    primary = {name: (directory / name).read_text(encoding="utf-8").strip() for name in PRIMARY}
+    for name, text in derive(primary, settings).items():
+        path = directory / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            _write(path, text)
+            written.append(name)
+    return written
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a secret file, readable by all who may enter its directory.
+
+    An existing file keeps its inode: a bind mount shows a running container the inode, not the name.
+    """
+    if path.exists():
+        path.chmod(0o600)
+        path.write_text(text, encoding="utf-8")
+    else:
+        # Complete before it has its name: an interrupted run leaves no half of a secret.
+        partial = path.with_name(f".{path.name}.new")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    path.chmod(0o444)

@@ -1,0 +1,30 @@
+"""make up: brings the stack up, from whatever state it is in, and waits until it is healthy.
+
+Changes: what `make init` changes, images, containers, networks and volumes of this stack. Running
+it again when all is well changes nothing. Exit: 0 healthy, 1 failed, 3 refused and nothing changed,
+4 not healthy in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stack import instance, lifecycle
+from stack.console import say
+from stack.errors import run_main
+
+
+def main(argv: Sequence[str]) -> int:
+    """Brings the instance up and prints where it is."""
+    argparse.ArgumentParser(prog="make up", description=__doc__).parse_args(argv)
+    here = instance.current()
+    prepared = lifecycle.up(here)
+    # A password belongs on a person's screen, not in the log of a provisioning job.
+    say("\n" + lifecycle.addresses(prepared, here, show_password=sys.stderr.isatty()))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

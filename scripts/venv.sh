@@ -1,0 +1,54 @@
+#!/bin/sh
+# Makes the virtual environment of the host programs (var/venv) from a lock file; does nothing when
+# it is current.
+#
+#   venv.sh LOCK...
+#
+# Changes: var/venv; as root on Debian or Ubuntu, installs python3-venv where it is missing.
+# Exit: 0 done, 1 failed, 3 a precondition is unmet and nothing was changed.
+set -eu
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+venv=$root/var/venv
+
+stamp() { # LOCK: the file that remembers what was installed from it
+  printf '%s/.%s' "$venv" "$(printf '%s' "$1" | tr / -)"
+}
+current() { # LOCK: whether it is installed as it stands
+  cmp -s "$1" "$(stamp "$1")"
+}
+
+due=
+for lock in "$@"; do current "$lock" || due="$due $lock"; done
+[ -z "$due" ] && exit 0
+
+refuse() { # CODE WHAT WHY FIX
+  printf 'error[%s]: %s\n  why: %s\n  fix: %s\n  changed: nothing. more: docs/errors.md\n' "$@" >&2
+  exit 3
+}
+
+command -v python3 >/dev/null ||
+  refuse E-PYTHON 'python3 is not installed' 'the host programs are Python' 'apt-get install python3'
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  refuse E-PYTHON "$(python3 --version) is too old; 3.10 or newer is needed" \
+    'the host programs use its features' 'install a newer python3 and put it first on PATH'
+
+if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+  # Debian keeps these in a package of their own.
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo 'python3-venv is missing: installing it with apt-get' >&2
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get -qy update || true; apt-get -qy install --no-install-recommends python3-venv; } >&2
+  else
+    refuse E-PYTHON 'python3 lacks the venv module' 'Debian and Ubuntu package it apart' \
+      'sudo apt-get install python3-venv'
+  fi
+fi
+
+echo "--> preparing the host programs' environment (var/venv)" >&2
+mkdir -p "$root/var"
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+for lock in $due; do
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+  cp "$lock" "$(stamp "$lock")"
+done

@@ -1,0 +1,90 @@
+"""make demo: runs the shipped training pipeline, follows it, and prints where its results are.
+
+Changes: a DAG run in Airflow; runs, a model version and an alias in MLflow; data in S3. The DAG's
+paused state is put back afterwards. Exit: 0 the run succeeded, 1 it failed, 3 no stack, 4 too slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from stack import instance, settings
+from stack.airflow import Airflow
+from stack.console import Step, say, step
+from stack.errors import Exit, StackError, run_main
+
+DAG_ID = "train_model"
+PATIENCE_S = 600
+"""The run took 30 s on 2 cores; slower machines get twenty times that."""
+
+
+def connect() -> tuple[Airflow, settings.Settings]:
+    """Airflow's API with the first login of the current instance, and its settings."""
+    here = instance.current()
+    chosen = settings.load(here.settings_file)
+    try:
+        password = (here.secrets / "admin_password").read_text(encoding="utf-8").strip()
+        return Airflow(f"http://localhost:{chosen.airflow_port}", chosen.admin_user, password), chosen
+    except OSError as error:
+        raise StackError("E-NO-STACK", "no running stack was found", why=str(error), fix="make up") from error
+    except Exception as error:
+        if isinstance(error, StackError):
+            raise
+        raise StackError(
+            "E-NO-STACK", "Airflow does not answer", why=f"{type(error).__name__}: {error}", fix="make up, then make status"
+        ) from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Triggers the pipeline and follows it."""
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--damage-data", action="store_true", help="spoil the data: the validation stops the run")
+    arguments = parser.parse_args(argv)
+    airflow, chosen = connect()
+    with airflow:
+        was_paused = airflow.wait_for_dag(DAG_ID)["is_paused"]
+        airflow.set_paused(DAG_ID, False)
+        try:
+            run_id = airflow.trigger(DAG_ID, {"damage_data": arguments.damage_data})
+            with step(f"running {DAG_ID}") as progress:
+                state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S, on_progress=lambda now: show(progress, now))
+        finally:
+            airflow.set_paused(DAG_ID, was_paused)
+        print(f"run       {airflow.url}/dags/{DAG_ID}/runs/{run_id}  ({state})")
+        if state == "success":
+            print_results(airflow, chosen, run_id)
+            return Exit.DONE
+        for one in airflow.task_instances(DAG_ID, run_id):
+            if one["state"] == "failed":
+                log = airflow.task_log(DAG_ID, run_id, one["task_id"], map_index=one["map_index"], attempt=one["try_number"])
+                say(f"{one['task_id']} failed: {reason(log)}")
+    return Exit.FAILED
+
+
+def show(progress: Step, instances: list[dict[str, Any]]) -> None:
+    """Progress: how many tasks are done and which one runs."""
+    done = sum(one["state"] == "success" for one in instances)
+    running = [one["rendered_map_index"] or one["task_id"] for one in instances if one["state"] == "running"]
+    progress.update(f"{done} of {len(instances)} tasks done" + (f"; running {', '.join(running)}" if running else ""))
+
+
+def reason(log: str) -> str:
+    """The line of a task's log that says why it failed."""
+    lines = [line for line in log.splitlines() if "not fit" in line or "Error" in line or "Exception" in line]
+    return lines[-1] if lines else "see its log"
+
+
+def print_results(airflow: Airflow, chosen: settings.Settings, run_id: str) -> None:
+    """The links to what the run made."""
+    best = airflow.xcom(DAG_ID, run_id, "register")
+    ui = f"http://localhost:{chosen.mlflow_port}/#"
+    print(f"best      {best['name']}: roc_auc {best['roc_auc']:.4f}, accuracy {best['accuracy']:.4f}")
+    print(f"compare   {ui}/experiments/{best['experiment_id']}")
+    print(f"mlflow    {ui}/experiments/{best['experiment_id']}/runs/{best['run_id']}")
+    print(f"model     {ui}/models/{best['model']}/versions/{best['version']}  (models:/{best['model']}@{best['alias']})")
+
+
+if __name__ == "__main__":
+    run_main(main)

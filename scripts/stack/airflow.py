@@ -1,0 +1,138 @@
+"""A small client of Airflow's REST API, for the programs and the tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from stack.errors import Exit, StackError
+
+FINISHED = ("success", "failed")
+"""The states in which a run has ended."""
+
+
+class Airflow:
+    """Airflow's REST API with a person's login. A context manager."""
+
+    def __init__(self, url: str, user: str, password: str) -> None:
+        self.url = url
+        self._http = httpx.Client(base_url=url, timeout=30)
+        token = self._http.post("/auth/token", json={"username": user, "password": password})
+        if token.status_code not in (200, 201):
+            raise StackError(
+                "E-LOGIN",
+                f"Airflow at {url} refused the login of {user}",
+                why=f"{token.status_code}: {token.text[:200]}",
+                fix="the password may have been changed in Airflow; `make password` prints the first one",
+            )
+        self._http.headers["Authorization"] = f"Bearer {token.json()['access_token']}"
+
+    def __enter__(self) -> Airflow:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._http.close()
+
+    def call(self, method: str, path: str, **words: Any) -> Any:
+        """One call under /api/v2; returns the JSON answer. Raises StackError (E-AIRFLOW-API)."""
+        answer = self._http.request(method, f"/api/v2{path}", **words)
+        if answer.is_error:
+            raise StackError(
+                "E-AIRFLOW-API",
+                f"Airflow answered {answer.status_code} to {method} {path}",
+                why=answer.text[:500],
+                fix="see `make logs S=airflow-apiserver`",
+                exit_code=Exit.FAILED,
+            )
+        return answer.json() if answer.content else None
+
+    def wait_for_dag(self, dag_id: str, patience: float = 60) -> dict[str, Any]:
+        """The DAG, once the DAG processor has read it. Raises StackError after `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while True:
+            answer = self._http.get(f"/api/v2/dags/{dag_id}")
+            if answer.status_code == 200:
+                found: dict[str, Any] = answer.json()
+                return found
+            if time.monotonic() > deadline:
+                raise StackError(
+                    "E-DAG",
+                    f"Airflow does not know the DAG {dag_id}",
+                    why=f"{answer.status_code} after {patience:.0f} s; import errors: "
+                    f"{[error['filename'] for error in self.call('GET', '/importErrors')['import_errors']]}",
+                    fix="see the import errors in Airflow's UI, and `make logs S=airflow-dag-processor`",
+                    exit_code=Exit.TIMED_OUT,
+                )
+            time.sleep(0.5)
+
+    def set_paused(self, dag_id: str, paused: bool) -> None:
+        """Pauses or unpauses a DAG."""
+        self.call("PATCH", f"/dags/{dag_id}", json={"is_paused": paused})
+
+    def trigger(self, dag_id: str, conf: dict[str, Any] | None = None) -> str:
+        """Starts a run and returns its id."""
+        run = self.call("POST", f"/dags/{dag_id}/dagRuns", json={"logical_date": None, "conf": conf or {}})
+        return str(run["dag_run_id"])
+
+    def run_state(self, dag_id: str, run_id: str) -> str:
+        """A run's state."""
+        return str(self.call("GET", f"/dags/{dag_id}/dagRuns/{run_id}")["state"])
+
+    def task_instances(self, dag_id: str, run_id: str) -> list[dict[str, Any]]:
+        """A run's task instances, mapped ones included."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances"
+        found: list[dict[str, Any]] = self.call("GET", path, params={"limit": 1000})["task_instances"]
+        return found
+
+    def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
+        """What a task returned."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/return_value"
+        return self.call("GET", path, params={"deserialize": True})["value"]
+
+    def task_log(self, dag_id: str, run_id: str, task_id: str, *, map_index: int = -1, attempt: int = 1) -> str:
+        """A task's log as the UI shows it."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{attempt}"
+        answer = self.call("GET", path, params={"map_index": map_index}, headers={"Accept": "application/json"})
+        return "\n".join(_log_line(entry) for entry in answer["content"])
+
+    def follow(
+        self,
+        dag_id: str,
+        run_id: str,
+        *,
+        patience: float,
+        on_progress: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    ) -> str:
+        """Waits for a run's end and returns its state. Raises StackError after `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while True:
+            state = self.run_state(dag_id, run_id)
+            instances = self.task_instances(dag_id, run_id)
+            on_progress(instances)
+            if state in FINISHED:
+                return state
+            if time.monotonic() > deadline:
+                now = {f"{one['task_id']}[{one['map_index']}]": one["state"] for one in instances}
+                raise StackError(
+                    "E-RUN-TIMEOUT",
+                    f"the run {run_id} of {dag_id} did not end within {patience:.0f} s",
+                    why=f"its task instances: {now}",
+                    fix=f"see {self.url}/dags/{dag_id}/runs/{run_id}",
+                    changed="the run goes on",
+                    exit_code=Exit.TIMED_OUT,
+                )
+            time.sleep(1)
+
+
+def _log_line(entry: Any) -> str:
+    """A structured log entry as text; an exception's type and message stand below its event."""
+    if isinstance(entry, str):
+        return entry
+    lines = [str(entry.get("event", entry))]
+    for error in entry.get("error_detail") or []:
+        lines.append(f"{error.get('exc_type')}: {error.get('exc_value')}")
+    return "\n".join(lines)

@@ -148,11 +148,13 @@ def require(engine: Engine) -> None:
 
 def ensure(host: Host, *, may_install: bool) -> Engine:
     """The engine, installed and started where that is needed and allowed."""
-    if not installed():
-        _check_may_install(host, may_install)
-        install(host)
-    if not reachable() and host.root and _dockerd():
-        start(host)
+    # An engine that the operator points at is somebody else's to install and start.
+    if "DOCKER_HOST" not in os.environ:
+        if not installed():
+            _check_may_install(host, may_install)
+            install(host)
+        if not reachable() and host.root and _dockerd():
+            start(host)
     return inspect()
 
 

@@ -1,0 +1,34 @@
+"""Fixtures: the stack under test, a throwaway one by default, the running one with --running."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stack.airflow import Airflow
+from stack.instance import ROOT, Instance
+from tests.support import StackUnderTest, throwaway
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--running", action="store_true", help="test the running stack, read-only")
+
+
+@pytest.fixture(scope="session")
+def stack(request: pytest.FixtureRequest) -> Iterator[StackUnderTest]:
+    if request.config.getoption("--running"):
+        here = Path(os.environ.get("STACK_DIR", ROOT)).resolve()
+        if not Instance(here).env_file.exists():
+            pytest.exit("there is no running stack here: run `make up` first", returncode=3)
+        yield StackUnderTest(here)
+        return
+    yield from throwaway(request)
+
+
+@pytest.fixture(scope="session")
+def airflow(stack: StackUnderTest) -> Iterator[Airflow]:
+    with stack.airflow() as client:
+        yield client

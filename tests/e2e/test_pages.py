@@ -1,0 +1,93 @@
+"""The web pages, in a headless browser, as a person sees them. Screenshots are kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+
+from stack import engine, host
+from stack.airflow import Airflow
+from tests.support import SCREENSHOTS, StackUnderTest
+
+PATIENCE_S = 60
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    """Headless Chromium with a profile of its own. As root on Debian it is installed where missing."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        here = host.read()
+        if not here.root or here.os_id != "debian":
+            pytest.skip("no chromium and chromedriver on this host (Debian: apt-get install chromium chromium-driver)")
+        engine.apt_install(here, "chromium", "chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for word in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+        "--window-size=1400,900",
+    ):
+        options.add_argument(word)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_page_load_timeout(PATIENCE_S)
+    yield driver
+    driver.quit()
+
+
+def wait_for_text(browser: webdriver.Chrome, text: str) -> None:
+    """Waits until the page shows a text; fails with what it shows instead."""
+    try:
+        WebDriverWait(browser, PATIENCE_S).until(lambda page: text in page.find_element(By.TAG_NAME, "body").text)
+    except Exception:
+        body = browser.find_element(By.TAG_NAME, "body").text
+        keep(browser, f"failed-{int(time.time())}")
+        pytest.fail(f"{browser.current_url} does not show {text!r} but: {body[:800]}")
+
+
+def keep(browser: webdriver.Chrome, name: str) -> Path:
+    """Saves a screenshot."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    path = SCREENSHOTS / f"{name}.png"
+    browser.save_screenshot(os.fspath(path))
+    return path
+
+
+def test_airflow_pages(browser: webdriver.Chrome, stack: StackUnderTest, airflow: Airflow) -> None:
+    """A wrong password is refused, the right one lets in, and the shipped DAG is listed."""
+    airflow.wait_for_dag("train_model")
+    for password, seen in (("wrong", "Invalid login"), (stack.secret("admin_password"), "Dags")):
+        browser.get(f"{stack.airflow_url}/auth/login/")
+        WebDriverWait(browser, PATIENCE_S).until(lambda page: page.find_elements(By.NAME, "username"))
+        browser.find_element(By.NAME, "username").send_keys(stack.settings.admin_user)
+        browser.find_element(By.NAME, "password").send_keys(password)
+        browser.find_element(By.CSS_SELECTOR, "input[type=submit], button[type=submit]").click()
+        wait_for_text(browser, seen)
+    browser.get(f"{stack.airflow_url}/dags")
+    wait_for_text(browser, "train_model")
+    keep(browser, "airflow-dags")
+    browser.get(f"{stack.airflow_url}/dags/train_model")
+    wait_for_text(browser, "train_model")
+    keep(browser, "airflow-train-model")
+
+
+def test_mlflow_pages(browser: webdriver.Chrome, stack: StackUnderTest) -> None:
+    """With the login MLflow shows the experiment and the pipeline's runs; without, nothing."""
+    browser.get(stack.mlflow_url)
+    assert "train_model" not in browser.find_element(By.TAG_NAME, "body").text
+    login = f"{quote(stack.settings.admin_user)}:{quote(stack.secret('admin_password'))}"
+    browser.get(stack.mlflow_url.replace("//", f"//{login}@"))
+    browser.get(f"{stack.mlflow_url}/#/experiments")
+    wait_for_text(browser, "train_model")
+    keep(browser, "mlflow-experiments")
+    browser.get(f"{stack.mlflow_url}/#/experiments/1/runs")
+    wait_for_text(browser, "random-forest")
+    keep(browser, "mlflow-runs")

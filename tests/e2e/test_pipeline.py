@@ -1,0 +1,182 @@
+"""The shipped pipeline, through every service, looked at from outside with each service's own client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import mlflow
+import psycopg2
+import pytest
+from botocore.client import BaseClient
+from mlflow import MlflowClient
+
+from stack.airflow import Airflow
+from tests.support import StackUnderTest, wait_until
+
+DAG_ID = "train_model"
+MODEL = "tumour-classifier"
+PATIENCE_S = 300
+
+
+@pytest.fixture(scope="module")
+def finished(airflow: Airflow, stack: StackUnderTest) -> dict[str, Any]:
+    """A run of the pipeline that has ended well, and what its last task returned."""
+    airflow.wait_for_dag(DAG_ID)
+    airflow.set_paused(DAG_ID, False)
+    run_id = airflow.trigger(DAG_ID)
+    state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S)
+    assert state == "success", {
+        one["task_id"]: airflow.task_log(DAG_ID, run_id, one["task_id"], map_index=one["map_index"])
+        for one in airflow.task_instances(DAG_ID, run_id)
+        if one["state"] == "failed"
+    }
+    return {**airflow.xcom(DAG_ID, run_id, "register"), "run_id": run_id}
+
+
+@pytest.fixture(scope="module")
+def tracking(stack: StackUnderTest) -> Iterator[MlflowClient]:
+    """MLflow's client, as a person from outside uses it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_USERNAME", stack.settings.admin_user)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", stack.secret("admin_password"))
+        mlflow.set_tracking_uri(stack.mlflow_url)
+        yield MlflowClient(stack.mlflow_url)
+
+
+def s3(stack: StackUnderTest, identity: str) -> BaseClient:
+    return boto3.client(
+        "s3",
+        endpoint_url=f"http://{stack.address('minio')}:9000",
+        aws_access_key_id=identity,
+        aws_secret_access_key=stack.secret(f"{identity.replace('-', '_')}_s3_secret"),
+        region_name="us-east-1",
+    )
+
+
+def test_every_task_ran_once(airflow: Airflow, finished: dict[str, Any]) -> None:
+    """Six task instances, two of them mapped, each at its first attempt."""
+    instances = airflow.task_instances(DAG_ID, finished["run_id"])
+    assert sorted((one["task_id"], one["map_index"], one["state"], one["try_number"]) for one in instances) == [
+        ("compare", -1, "success", 1),
+        ("ingest", -1, "success", 1),
+        ("register", -1, "success", 1),
+        ("train", 0, "success", 1),
+        ("train", 1, "success", 1),
+        ("validate", -1, "success", 1),
+    ]
+
+
+def test_the_data_is_in_s3(stack: StackUnderTest, finished: dict[str, Any]) -> None:
+    """The ingested CSV has all 569 rows."""
+    key = f"{DAG_ID}/{finished['run_id']}/raw.csv"
+    body = s3(stack, "pipelines").get_object(Bucket="pipelines", Key=key)["Body"].read().decode()
+    assert len(body.splitlines()) == 570
+
+
+def test_both_runs_are_in_mlflow(tracking: MlflowClient, finished: dict[str, Any]) -> None:
+    """Each candidate's run has its parameters, plausible metrics and the Airflow run that made it."""
+    runs = tracking.search_runs(
+        [finished["experiment_id"]], filter_string=f"tags.`airflow.run_id` = '{finished['run_id']}'"
+    )
+    assert {one.data.params["name"] for one in runs} == {"logistic-regression", "random-forest"}
+    for one in runs:
+        assert one.info.status == "FINISHED"
+        assert set(one.data.metrics) == {"accuracy", "f1", "roc_auc"}
+        assert 0.9 < one.data.metrics["roc_auc"] <= 1
+    assert max(one.data.metrics["roc_auc"] for one in runs) == pytest.approx(finished["roc_auc"])
+
+
+def test_the_better_model_is_registered(tracking: MlflowClient, finished: dict[str, Any]) -> None:
+    """The alias points at the version that this run registered, whose metrics are the best."""
+    champion = tracking.get_model_version_by_alias(MODEL, "champion")
+    assert champion.version == finished["version"]
+    metrics = tracking.get_run(champion.run_id).data.metrics
+    assert metrics["roc_auc"] == pytest.approx(finished["roc_auc"])
+
+
+def test_artifacts_are_in_minio(stack: StackUnderTest, tracking: MlflowClient, finished: dict[str, Any]) -> None:
+    """The plot comes through MLflow; the same bytes, and the model, are objects in its bucket."""
+    champion = tracking.get_model_version_by_alias(MODEL, "champion")
+    plot = mlflow.artifacts.download_artifacts(run_id=champion.run_id, artifact_path="roc.png")
+    with open(plot, "rb") as file:
+        picture = file.read()
+    assert picture.startswith(b"\x89PNG")
+    store = s3(stack, "mlflow")
+    key = f"{finished['experiment_id']}/{champion.run_id}/artifacts/roc.png"
+    assert store.get_object(Bucket="mlflow", Key=key)["Body"].read() == picture
+    listed = store.list_objects_v2(Bucket="mlflow", Prefix=f"{finished['experiment_id']}/models/")["Contents"]
+    assert any(one["Key"].endswith("/MLmodel") for one in listed)
+
+
+def test_rows_are_in_postgres(stack: StackUnderTest, finished: dict[str, Any]) -> None:
+    """The run is a row in Airflow's database, its metrics are rows in MLflow's, its results in Celery's."""
+
+    def rows(role: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        with psycopg2.connect(
+            host=stack.address("postgres"), user=role, dbname=role, password=stack.secret(f"{role}_db_password")
+        ) as connection, connection.cursor() as cursor:
+            cursor.execute(sql, values)
+            return list(cursor.fetchall())
+
+    assert rows("airflow", "SELECT state FROM dag_run WHERE run_id = %s", finished["run_id"]) == [("success",)]
+    assert len(rows("mlflow", "SELECT key FROM tags WHERE value = %s", finished["run_id"])) == 2
+    assert rows("celery", "SELECT count(*) FROM celery_taskmeta WHERE status = 'SUCCESS'")[0][0] >= 6
+
+
+def test_the_task_log_comes_from_s3(stack: StackUnderTest, airflow: Airflow, finished: dict[str, Any]) -> None:
+    """The API server shows a task's log from the bucket, where alone it is."""
+    path = f"dag_id={DAG_ID}/run_id={finished['run_id']}/task_id=ingest/attempt=1.log"
+    log = airflow.task_log(DAG_ID, finished["run_id"], "ingest")
+    assert f"s3://airflow-logs/tasks/{path}" in log
+    assert "569 rows written" in log
+    stored = s3(stack, "airflow-logs").get_object(Bucket="airflow-logs", Key=f"tasks/{path}")["Body"].read()
+    assert b"569 rows written" in stored
+    assert stack.exec("airflow-worker", "test", "-e", f"/opt/airflow/logs/{path}").code != 0
+
+
+def test_damaged_data_stops_the_run_before_training(
+    airflow: Airflow, tracking: MlflowClient, finished: dict[str, Any]
+) -> None:
+    """Validation fails at once, without a retry; nothing behind it ran; the alias has not moved."""
+    before = tracking.get_model_version_by_alias(MODEL, "champion").version
+    run_id = airflow.trigger(DAG_ID, {"damage_data": True})
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+    states = {one["task_id"]: (one["state"], one["try_number"]) for one in airflow.task_instances(DAG_ID, run_id)}
+    assert states["ingest"] == ("success", 1)
+    assert states["validate"] == ("failed", 1)
+    assert {states[name][0] for name in ("train", "compare", "register")} == {"upstream_failed"}
+    assert "25 values outside 5 to 40" in airflow.task_log(DAG_ID, run_id, "validate")
+    assert not tracking.search_runs(
+        [finished["experiment_id"]], filter_string=f"tags.`airflow.run_id` = '{run_id}'"
+    )
+    assert tracking.get_model_version_by_alias(MODEL, "champion").version == before
+
+
+def test_a_broken_dag_file_harms_nobody(airflow: Airflow, stack: StackUnderTest) -> None:
+    """A file with a syntax error is shown as such within seconds; the others stay, and a new one comes."""
+    dags = stack.clone / "dags"
+    broken, fresh = dags / "broken.py", dags / "fresh.py"
+    try:
+        # A file is looked at only when it mentions Airflow and DAGs.
+        broken.write_text("from airflow.sdk import dag\ndef broken(:\n")
+        fresh.write_text(
+            "from airflow.sdk import dag, task\n"
+            "@dag(schedule=None)\ndef fresh():\n    @task\n    def one(): return 1\n    one()\nfresh()\n"
+        )
+        errors = wait_until(
+            lambda: airflow.call("GET", "/importErrors")["import_errors"], 30, "the import error of broken.py"
+        )
+        assert [one["filename"].rsplit("/", 1)[-1] for one in errors] == ["broken.py"], json.dumps(errors)
+        airflow.wait_for_dag("fresh", patience=30)
+        airflow.set_paused("fresh", False)
+        assert airflow.follow("fresh", airflow.trigger("fresh"), patience=60) == "success"
+        assert airflow.wait_for_dag(DAG_ID)["has_import_errors"] is False
+    finally:
+        broken.unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
+    wait_until(
+        lambda: not airflow.call("GET", "/importErrors")["import_errors"], 60, "the import error's end with its file"
+    )

@@ -1,0 +1,183 @@
+"""The verbs on a real stack: twice the same, stopped and started, damaged and mended. In this order."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import httpx
+import pytest
+
+from stack.airflow import Airflow
+from tests.support import StackUnderTest, run, wait_until
+
+
+def ids(stack: StackUnderTest) -> dict[str, str]:
+    """Service -> container id and start time."""
+    return {
+        one.service: run("docker", "inspect", "--format", "{{.Id}} {{.State.StartedAt}}", one.name).output.strip()
+        for one in stack.compose.containers()
+    }
+
+
+def test_a_second_up_changes_nothing(stack: StackUnderTest) -> None:
+    """Nothing is created, started or restarted anew, and it says so."""
+    before = ids(stack)
+    said = stack.make("up")
+    stack.timings["second up, nothing to do"] = said.seconds
+    assert said.code == 0, said.output
+    assert "nothing to do" in said.output, said.output
+    assert ids(stack) == before
+
+
+def test_what_the_stack_wrote_belongs_to_the_caller(stack: StackUnderTest) -> None:
+    """Every file in the clone is the caller's; secrets are in a directory of theirs alone."""
+    owner = stack.clone.stat().st_uid
+    for directory, _, names in os.walk(stack.clone):
+        for name in names:
+            assert os.lstat(os.path.join(directory, name)).st_uid == owner, (directory, name)
+    assert stack.instance.secrets.stat().st_mode & 0o777 == 0o700
+
+
+def test_status(stack: StackUnderTest) -> None:
+    """`make status` ends with 0 and names every service."""
+    said = stack.make("status")
+    assert said.code == 0, said.output
+    for service in stack.compose.hashes():
+        assert service in said.output, said.output
+
+
+def test_airflow_commands(stack: StackUnderTest) -> None:
+    """`make airflow` runs a command of Airflow's own with the stack's database."""
+    said = stack.compose.capture("exec", "-T", "airflow-scheduler", "with-secrets", "airflow", "users", "list", timeout=120)
+    assert stack.settings.admin_user in said.out, said
+
+
+class TestProbesSeeOutages:
+    """Each probe is seen failing while the thing that it asks for is gone."""
+
+    @pytest.mark.parametrize(
+        ("service", "words"),
+        [
+            ("airflow-apiserver", ["http-probe", "8080", "/api/v2/monitor/health", '"metadatabase":\\{"status":"healthy"']),
+            (
+                "mlflow",
+                [
+                    *("http-probe", "5000", "/api/2.0/mlflow/experiments/search?max_results=1", "experiments"),
+                    "/run/secrets/mlflow_probe_header",
+                ],
+            ),
+            ("airflow-scheduler", ["airflow-probe", "SchedulerJob"]),
+            ("airflow-triggerer", ["airflow-probe", "TriggererJob"]),
+            ("airflow-dag-processor", ["airflow-probe", "DagProcessorJob"]),
+        ],
+    )
+    def test_without_postgres(self, stack: StackUnderTest, service: str, words: list[str]) -> None:
+        """With Postgres frozen the probe fails within its time-out; thawed, it is well again."""
+        assert stack.exec(service, *words).code == 0
+        postgres = stack.container("postgres")
+        run("docker", "pause", postgres)
+        try:
+            seen = stack.exec(service, "timeout", "10", *words)
+            assert seen.code != 0, seen
+        finally:
+            run("docker", "unpause", postgres)
+        wait_until(lambda: stack.exec(service, *words).code == 0, 90, f"{service} well again after Postgres came back")
+
+    @pytest.mark.parametrize(
+        ("service", "program", "probe"),
+        [
+            ("postgres", "postgres", ["postgres-probe"]),
+            ("redis", "redis-server", ["redis-probe"]),
+            ("minio", "minio", ["http-probe", "9000", "/minio/health/cluster"]),
+        ],
+    )
+    def test_of_a_frozen_server(self, stack: StackUnderTest, service: str, program: str, probe: list[str]) -> None:
+        """With the server's processes stopped its probe fails within its time-out."""
+        assert stack.exec(service, *probe).code == 0
+        for number, expected in (("STOP", False), ("CONT", True)):
+            send = f"for p in /proc/[0-9]*; do read -r name < $p/comm && [[ $name == {program}* ]] && kill -{number} ${{p#/proc/}}; done; true"
+            assert stack.exec(service, "bash", "-c", send).code == 0
+            if expected:
+                wait_until(lambda: stack.exec(service, *probe).code == 0, 30, f"{service} well again")
+            else:
+                assert stack.exec(service, "timeout", "10", *probe).code != 0
+
+    def test_of_a_frozen_worker(self, stack: StackUnderTest) -> None:
+        """With Celery's main process stopped its heartbeat grows old, and the probe says so."""
+        assert stack.exec("airflow-worker", "worker-probe").code == 0
+        stop = "for p in $(cat /proc/1/task/1/children); do kill -%s $p; done"
+        assert stack.exec("airflow-worker", "bash", "-c", stop % "STOP").code == 0
+        try:
+            wait_until(
+                lambda: stack.exec("airflow-worker", "worker-probe").code != 0, 60, "the worker's probe failing"
+            )
+        finally:
+            stack.exec("airflow-worker", "bash", "-c", stop % "CONT")
+        wait_until(lambda: stack.exec("airflow-worker", "worker-probe").code == 0, 30, "the worker well again")
+
+
+def test_down_and_up_keep_the_data(stack: StackUnderTest) -> None:
+    """Stopping removes the containers and nothing else; the run and the model are there again."""
+    with stack.airflow() as airflow:
+        runs = airflow.call("GET", "/dags/train_model/dagRuns")["total_entries"]
+    down = stack.make("down")
+    stack.timings["down"] = down.seconds
+    assert down.code == 0, down.output
+    assert stack.compose.containers() == []
+    up = stack.make("up")
+    stack.timings["up, volumes kept"] = up.seconds
+    assert up.code == 0, up.output
+    with stack.airflow() as airflow:
+        assert airflow.call("GET", "/dags/train_model/dagRuns")["total_entries"] == runs
+    auth = (stack.settings.admin_user, stack.secret("admin_password"))
+    answer = httpx.get(f"{stack.mlflow_url}/api/2.0/mlflow/registered-models/search", auth=auth)
+    assert (answer.status_code, "tumour-classifier" in answer.text) == (200, runs > 0), answer.text
+
+
+def test_another_fernet_key_is_noticed_at_start(stack: StackUnderTest) -> None:
+    """The start fails and says which key is wrong; with the former key all is well, nothing is lost."""
+    path = stack.instance.secrets / "fernet_key"
+    former = path.read_bytes()
+    path.chmod(0o600)
+    try:
+        path.write_text("A" * 43 + "=")
+        said = stack.make("up")
+        assert said.code != 0, said.output
+        assert "E-FERNET" in said.output, said.output
+    finally:
+        path.write_bytes(former)
+        path.chmod(0o444)
+    assert stack.make("up").code == 0
+    with stack.airflow() as airflow:
+        assert airflow.call("GET", "/connections")["total_entries"] >= 0
+
+
+def test_a_changed_setting_touches_only_what_it_concerns(stack: StackUnderTest) -> None:
+    """FLOWER=off removes Flower, and every other container stays as it was."""
+    before = ids(stack)
+    path = stack.instance.settings_file
+    path.write_text(path.read_text().replace("FLOWER=on", "FLOWER=off"))
+    said = stack.make("up")
+    assert said.code == 0, said.output
+    after = ids(stack)
+    assert "flower" not in after
+    assert {name: one for name, one in before.items() if name in SERVERS} == {
+        name: one for name, one in after.items() if name in SERVERS
+    }
+
+
+SERVERS = ("postgres", "redis", "minio", "mlflow", "airflow-apiserver", "airflow-scheduler", "airflow-worker")
+
+
+def test_interrupting_a_restart_loses_nothing(stack: StackUnderTest, airflow: Airflow) -> None:
+    """Ctrl-C in the middle of `make restart`, then `make up`: all healthy."""
+    child = stack.start("make", "--no-print-directory", "restart")
+    wait_until(lambda: not stack.compose.containers() or child.poll() is not None, 60, "the containers gone")
+    wait_until(lambda: stack.compose.containers() or child.poll() is not None, 60, "a first container again")
+    os.killpg(child.pid, signal.SIGINT)
+    child.communicate(timeout=60)
+    assert child.returncode != 0
+    said = stack.make("up")
+    assert said.code == 0, said.output
+    assert all(one.good for one in stack.compose.containers())

@@ -1,0 +1,253 @@
+"""The stack under test, and how the tests look at it.
+
+The throwaway stack is a copy of this work tree in a directory with a space in its name, started
+with its own `make up` by a user who is not root (where we are root and can make one), interrupted
+once on the way, with its own project name, ports and volumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stack import compose, settings
+from stack.airflow import Airflow
+from stack.compose import Compose
+from stack.instance import ROOT, VAR, Instance
+
+PROJECT = "mlstack-test"
+USER = "mlstack-test"
+MEMORY = "6g"
+LOGS = VAR / "test" / "logs"
+SCREENSHOTS = VAR / "test" / "screenshots"
+
+
+@dataclass
+class Run:
+    """What a program said."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+@dataclass
+class StackUnderTest:
+    """A stack, the clone that it was started from, and ways to look at it."""
+
+    clone: Path
+    user: str | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def instance(self) -> Instance:
+        return Instance(self.clone)
+
+    @property
+    def compose(self) -> Compose:
+        return Compose(self.instance)
+
+    @property
+    def settings(self) -> settings.Settings:
+        return settings.load(self.instance.settings_file)
+
+    def make(self, *words: str, timeout: float = 900, env: dict[str, str] | None = None) -> Run:
+        """`make` in the stack's clone, as its user, without a terminal."""
+        started = time.monotonic()
+        child = self.start("make", "--no-print-directory", *words, env=env)
+        try:
+            output, _ = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+        return Run(child.returncode, output, time.monotonic() - started)
+
+    def start(self, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """A command in the clone, as its user, in a group of its own, without a terminal."""
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        variables |= env or {}
+        command = [*words]
+        if self.user:
+            variables |= {"HOME": pwd.getpwnam(self.user).pw_dir, "USER": self.user}
+            command = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--init-groups", *words]
+        return subprocess.Popen(
+            command,
+            cwd=self.clone,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def secret(self, name: str) -> str:
+        return (self.instance.secrets / name).read_text(encoding="utf-8").strip()
+
+    def container(self, service: str) -> str:
+        return next(one.name for one in self.compose.containers() if one.service == service)
+
+    def inspect(self, service: str) -> dict[str, Any]:
+        found: list[dict[str, Any]] = json.loads(run("docker", "inspect", self.container(service)).output)
+        return found[0]
+
+    def address(self, service: str) -> str:
+        """The container's address on the back-end network, which the host itself can reach."""
+        networks = self.inspect(service)["NetworkSettings"]["Networks"]
+        return str(networks[f"{self.compose.project}_backend"]["IPAddress"])
+
+    def exec(self, service: str, *words: str, timeout: float = 60) -> Run:
+        return run("docker", "exec", self.container(service), *words, timeout=timeout)
+
+    def python(self, service: str, code: str) -> Run:
+        """Runs Python inside a service, with the variables that the service itself has."""
+        return self.exec(service, "with-secrets", "python3", "-c", code)
+
+    @property
+    def airflow_url(self) -> str:
+        return f"http://localhost:{self.settings.airflow_port}"
+
+    @property
+    def mlflow_url(self) -> str:
+        return f"http://localhost:{self.settings.mlflow_port}"
+
+    def airflow(self) -> Airflow:
+        return Airflow(self.airflow_url, self.settings.admin_user, self.secret("admin_password"))
+
+
+def run(*words: str, timeout: float = 120) -> Run:
+    """A command and what it printed."""
+    started = time.monotonic()
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
+    )
+    return Run(done.returncode, done.stdout + done.stderr, time.monotonic() - started)
+
+
+def wait_until(fact: Callable[[], Any], patience: float, what: str) -> Any:
+    """Polls a fact until it is true; fails with what was last seen after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        seen = fact()
+        if seen:
+            return seen
+        if time.monotonic() > deadline:
+            pytest.fail(f"after {patience:g} s not yet: {what}; last seen: {seen!r}")
+        time.sleep(0.2)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def throwaway(request: pytest.FixtureRequest) -> Iterator[StackUnderTest]:
+    """Builds what is due, then starts the stack as the README says; deletes all of it at the end."""
+    say = request.config.get_terminal_writer().line
+    say(f"\nbuilding what is due, then starting a throwaway stack ({PROJECT})")
+    remove_leftovers()
+    built = subprocess.run([sys.executable, ROOT / "scripts/build.py"], check=False, stdin=subprocess.DEVNULL)
+    assert built.returncode == 0, "the images could not be built (see above)"
+    clone = copy_of_the_tree()
+    airflow_port, mlflow_port, flower_port = free_ports(3)
+    (clone / "stack.env").write_text(
+        f"STACK_NAME={PROJECT}\nSTACK_MEMORY={MEMORY}\nAIRFLOW_PORT={airflow_port}\n"
+        f"MLFLOW_PORT={mlflow_port}\nFLOWER=on\nFLOWER_PORT={flower_port}\n"
+    )
+    found = StackUnderTest(clone, user=make_user(clone))
+    try:
+        interrupt_the_first_start(found)
+        up = found.make("up")
+        found.timings["up, images present, empty volumes (after an interrupted start)"] = up.seconds
+        say(up.output)
+        assert up.code == 0, up.output
+        yield found
+    finally:
+        if request.session.testsfailed:
+            keep_logs()
+            say(f"logs of every service are in {LOGS}")
+        remove_leftovers()
+        for what, seconds in found.timings.items():
+            say(f"{what}: {seconds:.1f} s")
+
+
+def copy_of_the_tree() -> Path:
+    """A copy of what git tracks or would track, outside this clone, in a path with a space."""
+    base = Path("/var/tmp") / f"{PROJECT}-{os.getpid()}"
+    clone = base / "a fresh clone"
+    names = run("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard").output.splitlines()
+    for name in names:
+        source = ROOT / name
+        if source.is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, clone / name)
+    assert (clone / "Makefile").exists()
+    return clone
+
+
+def make_user(clone: Path) -> str | None:
+    """As root: a user in the docker group, who owns the clone. Otherwise nobody but ourselves."""
+    if os.geteuid() != 0 or shutil.which("useradd") is None or shutil.which("setpriv") is None:
+        return None
+    made = run("useradd", "--create-home", "--groups", "docker", "--shell", "/bin/sh", USER)
+    assert made.code == 0, made.output
+    run("chown", "-R", f"{USER}:", str(clone.parent))
+    return USER
+
+
+def interrupt_the_first_start(found: StackUnderTest) -> None:
+    """`make up`, and Ctrl-C as soon as a container exists."""
+    child = found.start("make", "--no-print-directory", "up")
+    wait_until(
+        lambda: child.poll() is not None or compose.containers(PROJECT), 180, "a first container of the throwaway stack"
+    )
+    os.killpg(child.pid, signal.SIGINT)
+    output, _ = child.communicate(timeout=60)
+    assert child.returncode != 0, f"an interrupted start must not end well:\n{output}"
+    assert "interrupted" in output, output
+
+
+def remove_leftovers() -> None:
+    """Removes what an earlier test run left: only what carries the throwaway project's label or name."""
+    label = f"label=com.docker.compose.project={PROJECT}"
+    for kind, remove in (
+        (("ps", "--all"), ("rm", "--force", "--volumes")),
+        (("volume", "ls"), ("volume", "rm", "--force")),
+        (("network", "ls"), ("network", "rm")),
+    ):
+        listed = run("docker", *kind, "--quiet", "--filter", label)
+        if listed.code == 0 and (ids := listed.output.split()):
+            run("docker", *remove, *ids)
+    for path in Path("/var/tmp").glob(f"{PROJECT}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(KeyError):
+        pwd.getpwnam(USER)
+        if os.geteuid() == 0:
+            run("userdel", "--remove", USER)
+
+
+def keep_logs() -> None:
+    """The logs and the state of every service of the throwaway stack."""
+    shutil.rmtree(LOGS, ignore_errors=True)
+    LOGS.mkdir(parents=True)
+    for container in compose.containers(PROJECT):
+        told = run("docker", "logs", "--timestamps", container.name)
+        (LOGS / f"{container.service}.log").write_text(f"{container}\n{told.output}")

@@ -86,7 +86,7 @@ def find_problems(frame: pd.DataFrame) -> list[str]:
         problems.append(f"{len(frame)} rows, at least {MIN_ROWS} expected")
     for column, (low, high) in EXPECTED.items():
         values = frame[column]
-        if not (values.dtype.kind in "if"):
+        if values.dtype.kind not in "if":
             problems.append(f"{column}: not numeric ({values.dtype})")
             continue
         if empty := int(values.isna().sum()):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from stack import host, images, instance, preflight, settings
 from stack import engine as engines
+from stack import host, images, instance, preflight, settings
 from stack.console import say
 from stack.errors import run_main
 

@@ -33,7 +33,10 @@ def connect() -> tuple[Airflow, settings.Settings]:
         if isinstance(error, StackError):
             raise
         raise StackError(
-            "E-NO-STACK", "Airflow does not answer", why=f"{type(error).__name__}: {error}", fix="make up, then make status"
+            "E-NO-STACK",
+            "Airflow does not answer",
+            why=f"{type(error).__name__}: {error}",
+            fix="make up, then make status",
         ) from error
 
 
@@ -58,7 +61,9 @@ def main(argv: Sequence[str]) -> int:
             return Exit.DONE
         for one in airflow.task_instances(DAG_ID, run_id):
             if one["state"] == "failed":
-                log = airflow.task_log(DAG_ID, run_id, one["task_id"], map_index=one["map_index"], attempt=one["try_number"])
+                log = airflow.task_log(
+                    DAG_ID, run_id, one["task_id"], map_index=one["map_index"], attempt=one["try_number"]
+                )
                 say(f"{one['task_id']} failed: {reason(log)}")
     return Exit.FAILED
 
@@ -83,7 +88,9 @@ def print_results(airflow: Airflow, chosen: settings.Settings, run_id: str) -> N
     print(f"best      {best['name']}: roc_auc {best['roc_auc']:.4f}, accuracy {best['accuracy']:.4f}")
     print(f"compare   {ui}/experiments/{best['experiment_id']}")
     print(f"mlflow    {ui}/experiments/{best['experiment_id']}/runs/{best['run_id']}")
-    print(f"model     {ui}/models/{best['model']}/versions/{best['version']}  (models:/{best['model']}@{best['alias']})")
+    print(
+        f"model     {ui}/models/{best['model']}/versions/{best['version']}  (models:/{best['model']}@{best['alias']})"
+    )
 
 
 if __name__ == "__main__":

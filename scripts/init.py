@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     argparse.ArgumentParser(prog="make init", description=__doc__).parse_args(argv)
     prepared = lifecycle.prepare(instance.current())
     if prepared.written:
-        say(f"init: wrote {', '.join(prepared.written)}")
+        say(f"init: wrote {lifecycle.summary(prepared.written)}")
     else:
         say("init: nothing to do, everything is current")
     return 0

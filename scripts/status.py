@@ -49,9 +49,7 @@ def print_table(found: Sequence[compose.Container], missing: Sequence[str], memo
     for column in ("service", "state", "memory", "cpu", "restarts"):
         table.add_column(column, justify="left" if column in ("service", "state") else "right")
     for container in found:
-        state = container.health or (
-            "done" if container.good else f"{container.state} (code {container.exit_code})"
-        )
+        state = container.health or ("done" if container.good else f"{container.state} (code {container.exit_code})")
         used, _, cpu = memory.get(container.name, "").partition("\t")
         colour = "green" if container.good else "red"
         table.add_row(container.service, f"[{colour}]{state}[/{colour}]", used, cpu, str(container.restarts))

@@ -132,9 +132,7 @@ class StackUnderTest:
 def run(*words: str, timeout: float = 120) -> Run:
     """A command and what it printed."""
     started = time.monotonic()
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
-    )
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False)
     return Run(done.returncode, done.stdout + done.stderr, time.monotonic() - started)
 
 

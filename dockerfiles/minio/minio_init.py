@@ -32,9 +32,7 @@ def main() -> int:
     user, password = os.environ["MINIO_ROOT_USER"], os.environ["MINIO_ROOT_PASSWORD"]
     pool = urllib3.PoolManager(timeout=10, retries=urllib3.Retry(2, backoff_factor=0.2))
     store = Minio(endpoint=endpoint, access_key=user, secret_key=password, secure=False, http_client=pool)
-    admin = MinioAdmin(
-        endpoint=endpoint, credentials=StaticProvider(user, password), secure=False, http_client=pool
-    )
+    admin = MinioAdmin(endpoint=endpoint, credentials=StaticProvider(user, password), secure=False, http_client=pool)
     try:
         for identity, bucket in IDENTITIES.items():
             if not store.bucket_exists(bucket_name=bucket):

@@ -170,7 +170,9 @@ def _check_may_install(host: Host, may_install: bool) -> None:
     raise StackError(
         "E-ENGINE",
         "Docker Engine, Compose or Buildx is not installed",
-        why="INSTALL_ENGINE=never is set" if known and host.root else "installing it needs root on a known distribution",
+        why="INSTALL_ENGINE=never is set"
+        if known and host.root
+        else "installing it needs root on a known distribution",
         fix=fix,
     )
 
@@ -187,7 +189,7 @@ def install(host: Host) -> None:
         _apt(progress.update, "install", "--no-install-recommends", *packages)
 
 
-def apt_install(host: Host, *packages: str) -> None:
+def apt_install(*packages: str) -> None:
     """Installs packages of the distribution (the bootstrap's tools). Root on Debian or Ubuntu only."""
     with step(f"installing {' '.join(packages)}") as progress:
         if capture([*_APT, "install", "--no-install-recommends", *packages], timeout=600, check=False).code != 0:

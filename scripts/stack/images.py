@@ -167,7 +167,10 @@ def build(host: Host, settings: Settings, wanted: Mapping[str, str]) -> None:
         words += ["--set", f"{image}.labels.org.opencontainers.image.title=mlstack {image}"]
     log = VAR / "build.log"
     VAR.mkdir(exist_ok=True)
-    with step(f"building {', '.join(wanted)} (first time: about 10 minutes on 2 CPUs)") as progress, log.open("w") as out:
+    with (
+        step(f"building {', '.join(wanted)} (first time: about 10 minutes on 2 CPUs)") as progress,
+        log.open("w") as out,
+    ):
         stages: dict[str, str] = {}
 
         def on_line(line: str) -> None:
@@ -223,10 +226,10 @@ def bootstrap_base(host: Host, settings: Settings) -> None:
             "E-BASE-IMAGE",
             f"no registry gave {settings.base_image}",
             why="a base image can be made from the Debian mirror only as root on Debian or Ubuntu",
-            fix="set BASE_IMAGE in stack.env to a Debian 13 image that your registry has, or run `make build` as root once",
+            fix="set BASE_IMAGE in stack.env to a Debian 13 image of your registry, or run `make build` as root once",
         )
     if capture(["mmdebstrap", "--version"], timeout=15, check=False).code != 0:
-        engine.apt_install(host, "mmdebstrap", "debian-archive-keyring")
+        engine.apt_install("mmdebstrap", "debian-archive-keyring")
     VAR.mkdir(exist_ok=True)
     archive = VAR / "base.tar"
     unneeded = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")

@@ -64,6 +64,13 @@ def prepare(instance: Instance, *, may_install: bool = True) -> Prepared:
     return Prepared(chosen, plan, tags, written)
 
 
+def summary(written: list[str]) -> str:
+    """What `init` wrote, in a few words: files by name, secrets by number."""
+    files = [name for name in written if not name.startswith("secrets/")]
+    count = len(written) - len(files)
+    return ", ".join([*files, *([f"{count} secrets"] if count else [])])
+
+
 def _digest(folder: Path) -> str:
     """Changes when any file of a folder does: containers are made anew when what they mount changed."""
     digest = hashlib.sha256()
@@ -89,8 +96,7 @@ def up(instance: Instance) -> Prepared:
     """Brings the stack up and returns when every service is healthy."""
     prepared = prepare(instance)
     if prepared.written:
-        say(f"init: wrote {', '.join(name for name in prepared.written if not name.startswith('secrets/')) or 'secrets'}"
-            + (f" and {count} secrets" if (count := sum(n.startswith("secrets/") for n in prepared.written)) else ""))
+        say(f"init: wrote {summary(prepared.written)}")
     images.ensure(host.read(), prepared.settings, prepared.tags)
     stack = Compose(instance)
     if is_current(stack):
@@ -116,14 +122,18 @@ def start(stack: Compose, patience: float = UP_PATIENCE_S) -> None:
     """
     wanted = set(stack.hashes())
     with step(f"starting {len(wanted)} services") as progress, tempfile.TemporaryFile("w+") as output:
-        child = start_process(stack.command("up", "--detach", "--remove-orphans", "--no-build", "--pull", "never"), output)
+        child = start_process(
+            stack.command("up", "--detach", "--remove-orphans", "--no-build", "--pull", "never"), output
+        )
         deadline = time.monotonic() + patience
         try:
             while True:
                 ended = child.poll()
                 now = {container.service: container for container in stack.containers()}
                 waiting = sorted(name for name in wanted if name not in now or not now[name].good)
-                progress.update(f"{len(wanted) - len(waiting)} of {len(wanted)} ready; waiting for {', '.join(waiting)}")
+                progress.update(
+                    f"{len(wanted) - len(waiting)} of {len(wanted)} ready; waiting for {', '.join(waiting)}"
+                )
                 if ended == 0 and not waiting:
                     return
                 if ended not in (None, 0):
@@ -184,9 +194,7 @@ def addresses(prepared: Prepared, instance: Instance, *, show_password: bool) ->
     chosen = prepared.settings
     password_file = instance.secrets / "admin_password"
     password = (
-        password_file.read_text(encoding="utf-8").strip()
-        if show_password
-        else f"in {os.path.relpath(password_file)}"
+        password_file.read_text(encoding="utf-8").strip() if show_password else f"in {os.path.relpath(password_file)}"
     )
     lines = [
         f"Airflow   http://localhost:{chosen.airflow_port}   (API server, formerly webserver)",

@@ -140,8 +140,10 @@ def make_plan(sizing: Sizing, memory: int, cpus: float, *, whole: bool = False) 
     kept = 0 if whole else max(sizing.reserve.floor, math.ceil(memory * sizing.reserve.fraction))
     budget = memory - kept
     if budget < sizing.floor:
-        needed = sizing.floor if whole else math.ceil(
-            max(sizing.floor + sizing.reserve.floor, sizing.floor / (1 - sizing.reserve.fraction))
+        needed = (
+            sizing.floor
+            if whole
+            else math.ceil(max(sizing.floor + sizing.reserve.floor, sizing.floor / (1 - sizing.reserve.fraction)))
         )
         source = "STACK_MEMORY is" if whole else "this host has"
         raise StackError(
@@ -195,9 +197,7 @@ def _share(sizing: Sizing, budget: int) -> dict[str, int]:
             if taken < share:
                 open_ones.discard(name)
     # Whole multiples of 8 MiB, downwards: the sum stays within the budget.
-    return {
-        name: max(sizing.services[name].floor, int(limit) // 8 * 8) for name, limit in limits.items()
-    }
+    return {name: max(sizing.services[name].floor, int(limit) // 8 * 8) for name, limit in limits.items()}
 
 
 def _web_workers(sizing: WebSizing, limit: int, cpus: float) -> int:

@@ -93,10 +93,10 @@ def raise_all(errors: list[StackError]) -> None:
         return
     if len(errors) == 1:
         raise errors[0]
-    raise _Several(errors)
+    raise _SeveralError(errors)
 
 
-class _Several(StackError):
+class _SeveralError(StackError):
     """More than one unmet precondition."""
 
     def __init__(self, errors: list[StackError]) -> None:
@@ -127,7 +127,7 @@ def check_disk(path: Path, need_mib: int, what_for: str) -> None:
             "E-DISK",
             f"{free} MiB are free at {path}; {what_for} need {need_mib} MiB",
             why="a database that meets a full disk stops in the middle of its work",
-            fix="free some space (`docker system df` shows what the engine holds), or move the clone or the engine's data",
+            fix="free some space (`docker system df` shows the engine's part), or move the clone or the engine's data",
         )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import secrets as random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -132,14 +131,14 @@ def check(directory: Path, *, data_exists: bool) -> list[str]:
                 "E-SECRET",
                 f"the secret {path} cannot be read",
                 why=str(error),
-                fix=f"make it readable for you: chmod u+r '{path}'; after a run with sudo: chown -R $(id -u) '{directory}'",
+                fix=f"make it readable: chmod u+r '{path}'; after a run with sudo: chown -R $(id -u) '{directory}'",
             ) from error
         if not text or "\x00" in text:
             raise StackError(
                 "E-SECRET",
                 f"the secret {path} is empty",
                 why="a service that starts with it would lock itself out of its own data",
-                fix="put the former content back from your backup of secrets/; on a stack without data, delete the file",
+                fix="put its content back from your backup of secrets/; on a stack without data, delete the file",
             )
     if missing and data_exists:
         raise StackError(
@@ -181,5 +180,5 @@ def _write(path: Path, text: str) -> None:
         # Complete before it has its name: an interrupted run leaves no half of a secret.
         partial = path.with_name(f".{path.name}.new")
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
     path.chmod(0o444)

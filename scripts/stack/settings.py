@@ -89,7 +89,9 @@ class Settings(BaseModel):
 
     stack_name: Annotated[
         str, _matching(r"[a-z0-9][a-z0-9_-]{0,30}", "lower-case letters, digits, - and _ only, at most 31")
-    ] = Field("mlstack", title="The stack", description="Name of the Compose project: prefix of containers and volumes.")
+    ] = Field(
+        "mlstack", title="The stack", description="Name of the Compose project: prefix of containers and volumes."
+    )
     stack_memory: Size = Field(
         None,
         title="The stack",
@@ -100,7 +102,9 @@ class Settings(BaseModel):
     )
     admin_user: Annotated[
         str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "letters, digits, dot, - and _ only, at most 64")
-    ] = Field("admin", title="The stack", description="First login of Airflow and of MLflow; set before the first `make up`.")
+    ] = Field(
+        "admin", title="The stack", description="First login of Airflow and of MLflow; set before the first `make up`."
+    )
 
     bind_address: Address = Field(
         "127.0.0.1", title="Addresses", description="Where the web pages listen. Loopback only; see docs/security.md."
@@ -112,8 +116,12 @@ class Settings(BaseModel):
     )
     flower_port: Port = Field(5555, title="Addresses", description="Flower's web pages, where it is on.")
 
-    dags_dir: str = Field("./dags", title="Your code", description="Your DAGs; seen by Airflow within seconds of a change.")
-    plugins_dir: str = Field("./plugins", title="Your code", description="Your Airflow plugins; read at the next `make restart`.")
+    dags_dir: str = Field(
+        "./dags", title="Your code", description="Your DAGs; seen by Airflow within seconds of a change."
+    )
+    plugins_dir: str = Field(
+        "./plugins", title="Your code", description="Your Airflow plugins; read at the next `make restart`."
+    )
 
     image_prefix: Annotated[
         str,
@@ -123,7 +131,9 @@ class Settings(BaseModel):
         ),
     ] = Field("mlstack", title="Images", description="Prefix of the image names; a registry of yours for `make push`.")
     image_source: Literal["build", "pull"] = Field(
-        "build", title="Images", description="build: made here from Debian, PyPI and Go modules. pull: from IMAGE_PREFIX."
+        "build",
+        title="Images",
+        description="build: made here from Debian, PyPI and Go modules. pull: from IMAGE_PREFIX.",
     )
     base_image: str = Field(
         "debian:trixie-slim",
@@ -136,7 +146,9 @@ class Settings(BaseModel):
         title="Host and network",
         description="auto: as root on Debian or Ubuntu, a missing Docker Engine is installed and started.",
     )
-    apt_mirror: str = Field("", title="Host and network", description="Debian mirror for the images. Empty: Debian's own.")
+    apt_mirror: str = Field(
+        "", title="Host and network", description="Debian mirror for the images. Empty: Debian's own."
+    )
     pip_index_url: str = Field("", title="Host and network", description="Python package index. Empty: PyPI.")
     goproxy: str = Field("", title="Host and network", description="Go module proxy. Empty: Go's default.")
     ca_bundle: str = Field(

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -28,12 +29,19 @@ def browser() -> Iterator[webdriver.Chrome]:
         here = host.read()
         if not here.root or here.os_id != "debian":
             pytest.skip("no chromium and chromedriver on this host (Debian: apt-get install chromium chromium-driver)")
-        engine.apt_install(here, "chromium", "chromium-driver")
+        engine.apt_install("chromium", "chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     for word in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-dev-shm-usage",
         "--window-size=1400,900",
     ):
         options.add_argument(word)
@@ -79,7 +87,7 @@ def test_airflow_pages(browser: webdriver.Chrome, stack: StackUnderTest, airflow
     keep(browser, "airflow-train-model")
 
 
-def test_mlflow_pages(browser: webdriver.Chrome, stack: StackUnderTest) -> None:
+def test_mlflow_pages(browser: webdriver.Chrome, stack: StackUnderTest, finished: dict[str, Any]) -> None:
     """With the login MLflow shows the experiment and the pipeline's runs; without, nothing."""
     browser.get(stack.mlflow_url)
     assert "train_model" not in browser.find_element(By.TAG_NAME, "body").text
@@ -88,6 +96,6 @@ def test_mlflow_pages(browser: webdriver.Chrome, stack: StackUnderTest) -> None:
     browser.get(f"{stack.mlflow_url}/#/experiments")
     wait_for_text(browser, "train_model")
     keep(browser, "mlflow-experiments")
-    browser.get(f"{stack.mlflow_url}/#/experiments/1/runs")
+    browser.get(f"{stack.mlflow_url}/#/experiments/{finished['experiment_id']}/runs")
     wait_for_text(browser, "random-forest")
     keep(browser, "mlflow-runs")

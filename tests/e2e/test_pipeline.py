@@ -14,26 +14,10 @@ from botocore.client import BaseClient
 from mlflow import MlflowClient
 
 from stack.airflow import Airflow
+from tests.e2e.conftest import DAG_ID, PATIENCE_S
 from tests.support import StackUnderTest, wait_until
 
-DAG_ID = "train_model"
 MODEL = "tumour-classifier"
-PATIENCE_S = 300
-
-
-@pytest.fixture(scope="module")
-def finished(airflow: Airflow, stack: StackUnderTest) -> dict[str, Any]:
-    """A run of the pipeline that has ended well, and what its last task returned."""
-    airflow.wait_for_dag(DAG_ID)
-    airflow.set_paused(DAG_ID, False)
-    run_id = airflow.trigger(DAG_ID)
-    state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S)
-    assert state == "success", {
-        one["task_id"]: airflow.task_log(DAG_ID, run_id, one["task_id"], map_index=one["map_index"])
-        for one in airflow.task_instances(DAG_ID, run_id)
-        if one["state"] == "failed"
-    }
-    return {**airflow.xcom(DAG_ID, run_id, "register"), "run_id": run_id}
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +99,12 @@ def test_rows_are_in_postgres(stack: StackUnderTest, finished: dict[str, Any]) -
     """The run is a row in Airflow's database, its metrics are rows in MLflow's, its results in Celery's."""
 
     def rows(role: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        with psycopg2.connect(
-            host=stack.address("postgres"), user=role, dbname=role, password=stack.secret(f"{role}_db_password")
-        ) as connection, connection.cursor() as cursor:
+        with (
+            psycopg2.connect(
+                host=stack.address("postgres"), user=role, dbname=role, password=stack.secret(f"{role}_db_password")
+            ) as connection,
+            connection.cursor() as cursor,
+        ):
             cursor.execute(sql, values)
             return list(cursor.fetchall())
 
@@ -149,9 +136,7 @@ def test_damaged_data_stops_the_run_before_training(
     assert states["validate"] == ("failed", 1)
     assert {states[name][0] for name in ("train", "compare", "register")} == {"upstream_failed"}
     assert "25 values outside 5 to 40" in airflow.task_log(DAG_ID, run_id, "validate")
-    assert not tracking.search_runs(
-        [finished["experiment_id"]], filter_string=f"tags.`airflow.run_id` = '{run_id}'"
-    )
+    assert not tracking.search_runs([finished["experiment_id"]], filter_string=f"tags.`airflow.run_id` = '{run_id}'")
     assert tracking.get_model_version_by_alias(MODEL, "champion").version == before
 
 

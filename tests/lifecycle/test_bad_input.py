@@ -122,7 +122,11 @@ def test_an_engine_that_does_not_answer(instance: Path) -> None:
 
 @pytest.mark.parametrize(
     ("server", "client", "text"),
-    [("20.10.24", "2.26.1", "Engine 20.10.24"), ("26.1.5", "2.17.3", "Compose 2.17.3"), ("26.1.5", "", "not installed")],
+    [
+        ("20.10.24", "2.26.1", "Engine 20.10.24"),
+        ("26.1.5", "2.17.3", "Compose 2.17.3"),
+        ("26.1.5", "", "not installed"),
+    ],
 )
 def test_an_engine_that_is_too_old(instance: Path, tmp_path: Path, server: str, client: str, text: str) -> None:
     """A `docker` that reports an old version stands in for an old engine, which cannot be had here."""
@@ -157,7 +161,13 @@ def test_clean_without_a_terminal_needs_yes(instance: Path) -> None:
     assert "error[E-CONFIRM]" in refused.stderr, refused.stderr
     assert (instance / "secrets" / "fernet_key").exists()
     allowed = subprocess.run(
-        [*words, "YES=1"], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        [*words, "YES=1"],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert allowed.returncode == 0, allowed.stderr
     assert not (instance / "secrets").exists()
@@ -199,7 +209,7 @@ class TestSecrets:
         assert victim.exists() is (damage != "missing")
 
 
-def test_volumes_of_another_postgres_major(tmp_path: Path) -> None:
+def test_volumes_of_another_postgres_major() -> None:
     """The server refuses a volume of Postgres 16 and leaves it as it is."""
     from stack import images
 
@@ -221,7 +231,17 @@ def test_volumes_of_another_postgres_major(tmp_path: Path) -> None:
             assert "error[E-PG-MAJOR]" in said.output
             assert "Postgres 16" in said.output
             left = run(
-                "docker", "run", "--rm", "--entrypoint", "find", "--volume", mount, image, "/var/lib/postgresql", "-type", "f"
+                "docker",
+                "run",
+                "--rm",
+                "--entrypoint",
+                "find",
+                "--volume",
+                mount,
+                image,
+                "/var/lib/postgresql",
+                "-type",
+                "f",
             )
             assert [line.rsplit("/", 1)[1] for line in left.output.split()] == ["PG_VERSION"], left.output
     finally:

@@ -8,7 +8,6 @@ import signal
 import httpx
 import pytest
 
-from stack.airflow import Airflow
 from tests.support import StackUnderTest, run, wait_until
 
 
@@ -49,7 +48,9 @@ def test_status(stack: StackUnderTest) -> None:
 
 def test_airflow_commands(stack: StackUnderTest) -> None:
     """`make airflow` runs a command of Airflow's own with the stack's database."""
-    said = stack.compose.capture("exec", "-T", "airflow-scheduler", "with-secrets", "airflow", "users", "list", timeout=120)
+    said = stack.compose.capture(
+        "exec", "-T", "airflow-scheduler", "with-secrets", "airflow", "users", "list", timeout=120
+    )
     assert stack.settings.admin_user in said.out, said
 
 
@@ -59,7 +60,10 @@ class TestProbesSeeOutages:
     @pytest.mark.parametrize(
         ("service", "words"),
         [
-            ("airflow-apiserver", ["http-probe", "8080", "/api/v2/monitor/health", '"metadatabase":\\{"status":"healthy"']),
+            (
+                "airflow-apiserver",
+                ["http-probe", "8080", "/api/v2/monitor/health", '"metadatabase":\\{"status":"healthy"'],
+            ),
             (
                 "mlflow",
                 [
@@ -96,7 +100,10 @@ class TestProbesSeeOutages:
         """With the server's processes stopped its probe fails within its time-out."""
         assert stack.exec(service, *probe).code == 0
         for number, expected in (("STOP", False), ("CONT", True)):
-            send = f"for p in /proc/[0-9]*; do read -r name < $p/comm && [[ $name == {program}* ]] && kill -{number} ${{p#/proc/}}; done; true"
+            send = (
+                "for p in /proc/[0-9]*; do read -r name < $p/comm && "
+                f"[[ $name == {program}* ]] && kill -{number} ${{p#/proc/}}; done; true"
+            )
             assert stack.exec(service, "bash", "-c", send).code == 0
             if expected:
                 wait_until(lambda: stack.exec(service, *probe).code == 0, 30, f"{service} well again")
@@ -109,9 +116,7 @@ class TestProbesSeeOutages:
         stop = "for p in $(cat /proc/1/task/1/children); do kill -%s $p; done"
         assert stack.exec("airflow-worker", "bash", "-c", stop % "STOP").code == 0
         try:
-            wait_until(
-                lambda: stack.exec("airflow-worker", "worker-probe").code != 0, 60, "the worker's probe failing"
-            )
+            wait_until(lambda: stack.exec("airflow-worker", "worker-probe").code != 0, 60, "the worker's probe failing")
         finally:
             stack.exec("airflow-worker", "bash", "-c", stop % "CONT")
         wait_until(lambda: stack.exec("airflow-worker", "worker-probe").code == 0, 30, "the worker well again")
@@ -170,7 +175,7 @@ def test_a_changed_setting_touches_only_what_it_concerns(stack: StackUnderTest) 
 SERVERS = ("postgres", "redis", "minio", "mlflow", "airflow-apiserver", "airflow-scheduler", "airflow-worker")
 
 
-def test_interrupting_a_restart_loses_nothing(stack: StackUnderTest, airflow: Airflow) -> None:
+def test_interrupting_a_restart_loses_nothing(stack: StackUnderTest) -> None:
     """Ctrl-C in the middle of `make restart`, then `make up`: all healthy."""
     child = stack.start("make", "--no-print-directory", "restart")
     wait_until(lambda: not stack.compose.containers() or child.poll() is not None, 60, "the containers gone")

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import testinfra
-from tests.support import StackUnderTest, run
 
 from stack.settings import parse_size
-
 from tests.stack.expected import FLOWER, NETWORKS, SERVICES, VOLUMES, Expected
+from tests.support import StackUnderTest, run
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +43,9 @@ def test_every_service_is_healthy_and_every_job_done(stack: StackUnderTest, expe
         assert expected[one.service].job or one.health == "healthy", one
 
 
-def test_images_and_users(stack: StackUnderTest, inspected: dict[str, dict[str, Any]], expected: dict[str, Expected]) -> None:
+def test_images_and_users(
+    stack: StackUnderTest, inspected: dict[str, dict[str, Any]], expected: dict[str, Expected]
+) -> None:
     """Each container runs our image of it, as its own user, who is not root."""
     for service, want in expected.items():
         assert inspected[service]["Config"]["Image"].startswith(f"{stack.settings.image_prefix}/{want.image}:"), service
@@ -53,7 +54,9 @@ def test_images_and_users(stack: StackUnderTest, inspected: dict[str, dict[str, 
             assert host.check_output("id -u") == str(want.uid), service
 
 
-def test_published_ports(stack: StackUnderTest, inspected: dict[str, dict[str, Any]], expected: dict[str, Expected]) -> None:
+def test_published_ports(
+    stack: StackUnderTest, inspected: dict[str, dict[str, Any]], expected: dict[str, Expected]
+) -> None:
     """Only web pages are published, on loopback, at the port of the setting."""
     for service, want in expected.items():
         published = {

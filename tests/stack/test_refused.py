@@ -13,6 +13,7 @@ import redis
 from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import ClientError
+
 from tests.support import StackUnderTest
 
 DATABASES = ("airflow", "celery", "mlflow", "mlflow_auth")

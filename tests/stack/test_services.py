@@ -9,10 +9,10 @@ import re
 import httpx
 import psycopg2
 import pytest
-from tests.support import StackUnderTest
 
 from stack.airflow import Airflow
 from stack.instance import ROOT
+from tests.support import StackUnderTest
 
 
 def query(stack: StackUnderTest, role: str, sql: str) -> list[tuple[object, ...]]:
@@ -129,8 +129,8 @@ from airflow.configuration import retrieve_configuration_description
 known = {{}}
 for section, options in {options!r}.items():
     for key in options:
-        known[section + "." + key] = [conf.get(section, key, fallback=None), conf.get_default_value(section, key) is not None
-            or key in conf.configuration_description.get(section, {{}}).get("options", {{}})]
+        described = key in conf.configuration_description.get(section, {{}}).get("options", {{}})
+        known[section + "." + key] = [conf.get(section, key, fallback=None), described]
 print("KNOWN" + json.dumps(known))
 """
     said = stack.python("airflow-scheduler", code).output
@@ -144,11 +144,14 @@ print("KNOWN" + json.dumps(known))
         assert value == options[section][key], name
 
 
-def test_timeouts_fit_each_other(stack: StackUnderTest) -> None:
+def test_timeouts_fit_each_other() -> None:
     """A cut-off task gives up before it is declared dead; a queued one before its token runs out."""
     ours = configparser.ConfigParser(interpolation=None)
     ours.read(ROOT / "config/airflow/airflow.cfg")
-    retries, wait = ours.getint("workers", "execution_api_retries"), ours.getint("workers", "execution_api_retry_wait_max")
+    retries, wait = (
+        ours.getint("workers", "execution_api_retries"),
+        ours.getint("workers", "execution_api_retry_wait_max"),
+    )
     assert retries * wait < ours.getint("scheduler", "task_instance_heartbeat_timeout")
     assert ours.getint("scheduler", "task_queued_timeout") < ours.getint("execution_api", "jwt_expiration_time")
     assert ours.getint("core", "default_task_retries") >= 1
@@ -170,7 +173,10 @@ def test_the_shipped_pipeline_is_there_and_paused(airflow: Airflow, stack: Stack
     ("service", "words"),
     [
         ("airflow-scheduler", ["airflow-probe", "NoSuchJob"]),
-        ("airflow-apiserver", ["http-probe", "8080", "/api/v2/monitor/health", '"metadatabase":\\{"status":"unhealthy"']),
+        (
+            "airflow-apiserver",
+            ["http-probe", "8080", "/api/v2/monitor/health", '"metadatabase":\\{"status":"unhealthy"'],
+        ),
         ("airflow-apiserver", ["http-probe", "8080", "/api/v2/no-such-thing"]),
         ("airflow-apiserver", ["http-probe", "8081", "/"]),
         ("mlflow", ["http-probe", "5000", "/api/2.0/mlflow/experiments/search?max_results=1"]),

@@ -20,9 +20,7 @@ SCHEME = "proxied-s3"
 class ProxiedS3ArtifactRepository(ArtifactRepository):
     """`proxied-s3://bucket/path`: like `s3://bucket/path`, without signed URLs."""
 
-    def __init__(
-        self, artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None
-    ) -> None:
+    def __init__(self, artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:
         super().__init__(artifact_uri, tracking_uri, registry_uri)
         self._s3 = S3ArtifactRepository(
             artifact_uri.replace(f"{SCHEME}://", "s3://", 1), tracking_uri=tracking_uri, registry_uri=registry_uri

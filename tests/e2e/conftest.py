@@ -1,0 +1,27 @@
+"""A run of the shipped pipeline, which the tests of this folder look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stack.airflow import Airflow
+
+DAG_ID = "train_model"
+PATIENCE_S = 300
+
+
+@pytest.fixture(scope="session")
+def finished(airflow: Airflow) -> dict[str, Any]:
+    """A run of the pipeline that has ended well, and what its last task returned."""
+    airflow.wait_for_dag(DAG_ID)
+    airflow.set_paused(DAG_ID, False)
+    run_id = airflow.trigger(DAG_ID)
+    state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S)
+    assert state == "success", {
+        one["task_id"]: airflow.task_log(DAG_ID, run_id, one["task_id"], map_index=one["map_index"])
+        for one in airflow.task_instances(DAG_ID, run_id)
+        if one["state"] == "failed"
+    }
+    return {**airflow.xcom(DAG_ID, run_id, "register"), "run_id": run_id}

@@ -50,7 +50,7 @@ lock: venv ## Resolve the requirements again and write the lock files
 verify: test-venv ## Check the running stack, read-only, in under a minute
 	@$(PYTHON) -m pytest tests/stack --running -q
 test: test-venv ## Everything: static, unit, and a throwaway stack beside the running one
-	@$(PYTHON) -m pytest
+	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest
 lint: test-venv ## The static checks alone
 	@$(PYTHON) -m pytest tests/static -q
 

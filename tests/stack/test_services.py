@@ -125,7 +125,6 @@ def test_airflow_settings_are_in_force(stack: StackUnderTest) -> None:
     code = f"""
 import json
 from airflow.configuration import conf
-from airflow.configuration import retrieve_configuration_description
 known = {{}}
 for section, options in {options!r}.items():
     for key in options:

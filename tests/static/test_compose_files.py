@@ -1,0 +1,161 @@
+"""Rules that every service of the Compose files keeps, read from `docker compose config`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stack import compose, images, plan, secrets, settings
+from stack.instance import ROOT, Instance
+from stack.lifecycle import JOBS
+
+WEB = {"airflow-apiserver", "mlflow", "flower"}
+# Primary secrets that no service mounts: derived files are made from them.
+ONLY_DERIVED = {"redis_password_hash", "flower_password"}
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All files merged, for an instance in a directory with a space, opt-in services included."""
+    instance = Instance(tmp_path_factory.mktemp("an instance"))
+    chosen = settings.parse("FLOWER=on")
+    values = compose.environment(
+        instance, chosen, plan.make_plan(plan.load_sizing(), 8192, 2), dict.fromkeys(images.IMAGES, "tag")
+    )
+    values |= {"SECRETS_DIGEST": "a", "CONFIG_DIGEST": "b"}
+    instance.env_file.write_text(compose.render_environment(values))
+    return compose.Compose(instance).config()
+
+
+@pytest.fixture(scope="session")
+def services(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = config["services"]
+    assert len(found) == 13
+    return found
+
+
+def test_every_variable_has_a_value(services: dict[str, Any], tmp_path: Path) -> None:
+    """Compose warns of a variable that is not set, and goes on with an empty one: none may be left."""
+    instance = Instance(tmp_path)
+    values = compose.environment(
+        instance, settings.DEFAULTS, plan.make_plan(plan.load_sizing(), 8192, 2), dict.fromkeys(images.IMAGES, "tag")
+    )
+    names = {
+        name for file in compose.FILES for name in re.findall(r"\$\{(\w+)", (ROOT / file).read_text(encoding="utf-8"))
+    }
+    assert names - {"SECRETS_DIGEST", "CONFIG_DIGEST"} <= set(values)
+    assert services
+
+
+def test_every_service_is_limited(services: dict[str, dict[str, Any]]) -> None:
+    """Memory without swap, a reservation below it, processes, open files, logs."""
+    for name, service in services.items():
+        assert int(service["mem_limit"]) > int(service["mem_reservation"]) > 0, name
+        assert service["memswap_limit"] == service["mem_limit"], name
+        assert 0 < service["pids_limit"] <= 4096, name
+        assert service["ulimits"]["nofile"], name
+        assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}, name
+
+
+def test_every_service_is_confined(services: dict[str, dict[str, Any]]) -> None:
+    """No capabilities, no new privileges, a read-only root, an init, a restart policy that fits."""
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert "cap_add" not in service, name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["read_only"] is True, name
+        assert service["init"] is True, name
+        assert service["restart"] == ("no" if name in JOBS else "unless-stopped"), name
+        assert not service.get("privileged"), name
+
+
+def test_every_server_has_a_probe_and_time_to_stop(services: dict[str, dict[str, Any]]) -> None:
+    """Probes look often while starting; the stop grace is said, not left to the default of 10 s."""
+    for name, service in services.items():
+        if name not in JOBS:
+            probe = service["healthcheck"]
+            assert {"test", "interval", "timeout", "retries", "start_period", "start_interval"} <= set(probe), name
+            assert service["stop_grace_period"], name
+            assert "inspect" not in str(probe["test"]), name
+
+
+def test_only_web_pages_are_published_on_loopback(services: dict[str, dict[str, Any]]) -> None:
+    published = {name: service["ports"] for name, service in services.items() if service.get("ports")}
+    assert set(published) == WEB
+    for ports in published.values():
+        assert [port["host_ip"] for port in ports] == ["127.0.0.1"]
+
+
+def test_networks(services: dict[str, dict[str, Any]], config: dict[str, Any]) -> None:
+    """Stores are on the internal network alone; whoever is on the other one has a reason to."""
+    assert config["networks"]["backend"]["internal"] is True
+    outside = {name for name, service in services.items() if "frontend" in service["networks"]}
+    assert outside == WEB | {"airflow-worker", "airflow-triggerer", "airflow-dag-processor"}
+    assert all("backend" in service["networks"] for service in services.values())
+
+
+def test_every_dependency_has_a_condition() -> None:
+    """Written out in the files: `started` is never what is meant."""
+    for file in compose.FILES:
+        for name, service in (yaml.safe_load((ROOT / file).read_text()).get("services") or {}).items():
+            for other, rule in (service.get("depends_on") or {}).items():
+                wanted = "service_completed_successfully" if other in JOBS else "service_healthy"
+                assert rule == {"condition": wanted}, (name, other)
+
+
+def test_secrets_are_all_made_and_all_used(services: dict[str, dict[str, Any]], config: dict[str, Any]) -> None:
+    """Compose's list, the generator's list and what the services mount are one list."""
+    mounted = {one["source"] for service in services.values() for one in service.get("secrets", [])}
+    made = {*secrets.PRIMARY, *secrets.derived_names()}
+    assert mounted == set(config["secrets"])
+    assert mounted == made - ONLY_DERIVED
+
+
+def test_environments_hold_paths_not_secrets(services: dict[str, dict[str, Any]]) -> None:
+    """What `docker inspect` shows of a secret is the name of its file, and the service mounts that file."""
+    for name, service in services.items():
+        mounted = {one["source"] for one in service.get("secrets", [])}
+        for key, value in (service.get("environment") or {}).items():
+            if re.search(r"PASSWORD|SECRET|_KEY(_|$)|CONN|BROKER_URL|RESULT_BACKEND|STORE_URI|PASSPHRASE", key):
+                if key in ("AWS_ACCESS_KEY_ID",):
+                    continue
+                assert key.endswith("_FILE"), (name, key)
+            if str(value).startswith("/run/secrets/"):
+                assert str(value).removeprefix("/run/secrets/") in mounted, (name, key)
+
+
+def test_the_worker_gets_no_key_of_the_platform(services: dict[str, dict[str, Any]]) -> None:
+    forbidden = {"airflow_db_url", "airflow_db_password", "fernet_key", "jwt_secret", "api_secret_key"}
+    assert not {one["source"] for one in services["airflow-worker"]["secrets"]} & forbidden
+
+
+def test_volumes_are_grouped_by_the_cost_of_losing_them(config: dict[str, Any]) -> None:
+    """Each volume is used, and compose.yaml says above it what its loss would cost."""
+    text = (ROOT / "compose.yaml").read_text()
+    assert text.index("loses work") < text.index("loses the queue") < text.index("loses nothing")
+    used = {
+        mount["source"]
+        for service in config["services"].values()
+        for mount in service.get("volumes", [])
+        if mount["type"] == "volume"
+    }
+    assert used == set(config["volumes"])
+
+
+def test_compose_itself_accepts_the_files(services: dict[str, Any], tmp_path: Path) -> None:
+    """`docker compose config --quiet` says nothing, on stderr either."""
+    assert services
+    text = "name: x\nservices: {}\n"
+    (tmp_path / "ok.yaml").write_text(text)
+    done = subprocess.run(
+        ["docker", "compose", "--file", str(tmp_path / "ok.yaml"), "config", "--quiet"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

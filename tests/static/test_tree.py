@@ -1,0 +1,119 @@
+"""Rules over every file of the tree."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+from stack.instance import ROOT
+from tests.static.test_tools import tracked
+
+TEXT = [name for name in tracked() if not name.endswith((".lock", ".sum", ".png"))]
+
+
+def test_error_codes_are_documented() -> None:
+    """Every code that a program prints has its section in docs/errors.md, and no section is left over."""
+    used = set()
+    for name in tracked("scripts", "dockerfiles"):
+        used |= set(re.findall(r"\bE-[A-Z]+(?:-[A-Z]+)*\b", (ROOT / name).read_text(encoding="utf-8")))
+    documented = set(re.findall(r"^## (E-[A-Z-]+)$", (ROOT / "docs/errors.md").read_text(), re.MULTILINE))
+    assert len(used) > 20
+    assert used == documented
+
+
+def test_nothing_names_a_registry_or_a_machine() -> None:
+    """Package sources are the clients' own defaults or settings; paths are the reader's own."""
+    # Put together here, so that this file does not name them either.
+    hosts = [
+        "deb.debian" + ".org",
+        "pypi" + ".org",
+        "files.pythonhosted" + ".org",
+        "proxy.golang" + ".org",
+        "docker" + ".io/",
+    ]
+    pattern = re.compile("|".join([*map(re.escape, hosts), r"(?<![\w.])/(?:work|root)/(?!\.cache|go/)"]))
+    assert len(TEXT) > 60
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for name in TEXT
+        for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), start=1)
+        if pattern.search(line)
+    ]
+    assert found == []
+
+
+def test_dockerfiles_pull_no_frontend() -> None:
+    """A `# syntax=` line would fetch from a registry, which need not exist."""
+    for name in tracked("dockerfiles/*/Dockerfile"):
+        assert "syntax=" not in (ROOT / name).read_text(), name
+
+
+def test_locks_are_complete() -> None:
+    """Each requirements file has a lock: its pins in it, every entry with a version and hashes."""
+    sources = tracked("*requirements.in", "*uv.in")
+    assert len(sources) == 6
+    for source in sources:
+        lock = (ROOT / source.replace(".in", ".lock")).read_text()
+        entries = re.split(r"\n(?=[A-Za-z0-9])", lock.strip())
+        for entry in entries:
+            if not entry.startswith("#"):
+                assert re.match(r"[\w.\-\[\]]+==\S+", entry), (source, entry[:80])
+                assert "--hash=sha256:" in entry, (source, entry[:80])
+        for pin in re.findall(r"^([\w.-]+==\S+)$", (ROOT / source).read_text(), re.MULTILINE):
+            assert re.search(rf"^{re.escape(pin.lower())}\b", lock, re.MULTILINE), (source, pin)
+
+
+def test_versions_agree() -> None:
+    """What is said twice is said alike: MLflow's client and server, Postgres's major."""
+
+    def found(pattern: str, name: str) -> str:
+        match = re.search(pattern, (ROOT / name).read_text(), re.MULTILINE)
+        assert match, (pattern, name)
+        return match[1]
+
+    server = found(r"^mlflow==(\S+)", "dockerfiles/mlflow/requirements.in")
+    for client in ("dockerfiles/airflow/requirements.in", "tests/requirements.in"):
+        assert found(r"^mlflow-skinny==(\S+)", client) == server
+    assert found(r"^ARG VERSION=(\S+)", "dockerfiles/postgres/Dockerfile") == found(
+        r"^readonly major=(\S+)", "dockerfiles/postgres/postgres-server"
+    )
+
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
+PUBLIC = [name for name in TARGETS if name not in ("venv", "test-venv")]
+
+
+def test_recipes_are_one_line() -> None:
+    """The Makefile is a table of contents: a target, its sentence, one line."""
+    assert len(PUBLIC) >= 18
+    for name in TARGETS:
+        block = re.search(rf"^{name}:.*\n((?:\t.*\n?)*)", MAKEFILE, re.MULTILINE)
+        assert block, name
+        assert len(block[1].splitlines()) == 1, name
+
+
+@pytest.mark.parametrize("target", PUBLIC)
+def test_targets(target: str) -> None:
+    """Each target is in `make help`, and make itself can read its recipe."""
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"^  make {target} +\S", listed, re.MULTILINE)
+    dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert dry.returncode == 0, dry.stderr
+
+
+def test_commands_in_the_docs_exist() -> None:
+    """Every `make x` that README and docs mention is a target."""
+    names = ["README.md", *tracked("docs/*.md")]
+    assert len(names) >= 6
+    for name in names:
+        for target in re.findall(r"`(?:STACK_DIR=\S+ )?make ([a-z-]+)", (ROOT / name).read_text()):
+            assert target in PUBLIC, (name, target)
+
+
+def test_links_in_the_docs_lead_somewhere() -> None:
+    for name in ["README.md", *tracked("docs/*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / name).read_text()):
+            assert ((ROOT / name).parent / link).exists(), (name, link)

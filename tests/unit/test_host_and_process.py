@@ -1,0 +1,223 @@
+"""Reading the host, running programs, writing .env, naming images."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from stack import compose, engine, host, images, preflight, process
+from stack.errors import Exit, StackError
+from stack.instance import ROOT
+from stack.settings import DEFAULTS
+from tests.support import wait_until
+
+
+def tree(base: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(text)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "mib"),
+    [
+        ("0::/a/b\n", {}, 8192),
+        ("0::/a/b\n", {"memory.max": "max", "a/memory.max": str(3 * GIB), "a/b/memory.max": "max"}, 3072),
+        ("0::/a/b\n", {"a/memory.max": str(3 * GIB), "a/b/memory.max": str(2 * GIB)}, 2048),
+        ("0::/a\n", {"a/memory.max": str(64 * GIB)}, 8192),
+        ("5:memory:/a\n", {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, 8192),
+        ("5:cpu,memory:/a\n", {"memory/a/memory.limit_in_bytes": str(GIB)}, 1024),
+        # In a container the path may be the host's: the limit is at the root.
+        ("5:memory:/docker/abc\n", {"memory/memory.limit_in_bytes": str(GIB)}, 1024),
+    ],
+)
+def test_memory_is_the_lowest_limit_that_binds_us(tmp_path: Path, cgroup: str, files: dict[str, str], mib: int) -> None:
+    """MemTotal, or a cgroup's limit, ours or a parent's, v1 or v2."""
+    tree(tmp_path / "proc", {"meminfo": "MemTotal:        8388608 kB\nMemFree: 1 kB\n", "self/cgroup": cgroup})
+    tree(tmp_path / "cgroup", files)
+    assert host.memory_mib(tmp_path / "proc", tmp_path / "cgroup") == mib
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("26.1.5+dfsg1", (26, 1)), ("v2.26.1-4", (2, 26)), ("20.10.24", (20, 10)), ("", ()), ("x", ())],
+)
+def test_versions(text: str, numbers: tuple[int, ...]) -> None:
+    assert engine.version(text) == numbers
+
+
+def test_the_engine_found_here_is_accepted_and_older_ones_are_not() -> None:
+    """Each requirement by itself turns an accepted engine into a refused one."""
+    good = engine.Engine("26.1.5", "2.26.1", "0.13", 8192, 2, "/var/lib/docker", memory_limits=True, desktop=False)
+    engine.require(good)
+    for change in ({"server": "24.0.9"}, {"compose": "2.25.0"}, {"compose": ""}, {"memory_limits": False}):
+        with pytest.raises(StackError) as refused:
+            engine.require(engine.Engine(**{**good.__dict__, **change}))
+        assert refused.value.exit_code == Exit.PRECONDITION
+
+
+def test_permission_denied_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user outside the docker group is told which group, not shown a stack trace."""
+    fake = tmp_path / "docker"
+    fake.write_text(
+        "#!/bin/sh\necho 'permission denied while trying to connect to the Docker daemon socket' >&2; exit 1\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(StackError, match="may not use") as refused:
+        engine.inspect()
+    assert "usermod -aG docker" in refused.value.fix
+
+
+def test_a_missing_command_and_a_failing_one() -> None:
+    for words, text in ((["no-such-program"], "not installed"), (["sh", "-c", "echo oh >&2; exit 7"], "oh")):
+        with pytest.raises(StackError) as error:
+            process.capture(words, timeout=5)
+        assert text in error.value.why
+    assert process.capture(["sh", "-c", "exit 7"], timeout=5, check=False).code == 7
+
+
+def test_a_time_out_ends_the_whole_group(tmp_path: Path) -> None:
+    """A command that does not end in time is ended with its children, and the program exits 4."""
+    pid_file = tmp_path / "pid"
+    with pytest.raises(StackError) as error:
+        process.stream(
+            ["sh", "-c", f"sleep 60 & echo $! > '{pid_file}'; echo started; wait"], timeout=1, on_line=lambda _: None
+        )
+    assert error.value.exit_code == Exit.TIMED_OUT
+    grandchild = int(pid_file.read_text())
+    wait_until(lambda: gone(grandchild), 5, "the grandchild's end")
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie has, too)."""
+    try:
+        return "Z" in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return True
+
+
+def test_env_files_keep_spaces_and_refuse_quotes() -> None:
+    values = {"A": "/a path/with # signs", "B": "", "C": "x=y"}
+    assert compose._parse_environment(compose.render_environment(values)) == values
+    for bad in ("it's", "two\nlines"):
+        with pytest.raises(StackError, match="quote or a line break"):
+            compose.render_environment({"A": bad})
+
+
+def test_errors_say_what_why_fix_and_what_was_changed() -> None:
+    text = str(StackError("E-X", "what", why="why\nmore", fix="fix", changed="nothing"))
+    assert text == (
+        "error[E-X]: what\n  why: why\n       more\n  fix: fix\n  changed: nothing. more: docs/errors.md#e-x"
+    )
+
+
+def test_several_errors_are_told_at_once() -> None:
+    with pytest.raises(StackError) as error:
+        preflight.raise_all([StackError("E-A", "a", why="", fix=""), StackError("E-B", "b", why="", fix="")])
+    assert "error[E-A]" in str(error.value)
+    assert "error[E-B]" in str(error.value)
+    preflight.raise_all([])
+
+
+def test_disk_and_architecture(tmp_path: Path) -> None:
+    preflight.check_disk(tmp_path / "not" / "yet", 1, "x")
+    with pytest.raises(StackError, match="are free at"):
+        preflight.check_disk(tmp_path, 2**40, "x")
+    here = host.read()
+    preflight.check_architecture(here)
+    with pytest.raises(StackError, match="riscv64"):
+        preflight.check_architecture(host.Host(**{**here.__dict__, "architecture": "riscv64"}))
+
+
+def test_tags_follow_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed file gives its image a new tag and the others their old one; the base concerns all."""
+    shutil.copytree(ROOT / "dockerfiles", tmp_path / "dockerfiles")
+    monkeypatch.setattr(images, "DOCKERFILES", tmp_path / "dockerfiles")
+    before = images.tags(DEFAULTS)
+    assert images.tags(DEFAULTS) == before
+    assert before["mlflow"].startswith("3.17.2-")
+    with (tmp_path / "dockerfiles/redis/Dockerfile").open("a") as file:
+        file.write("# more\n")
+    changed = {name for name, tag in images.tags(DEFAULTS).items() if tag != before[name]}
+    assert changed == {"redis"}
+    with (tmp_path / "dockerfiles/base/with-secrets").open("a") as file:
+        file.write("# more\n")
+    assert all(tag != before[name] for name, tag in images.tags(DEFAULTS).items())
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        code = 503 if self.path == "/down" else 401 if self.headers.get("X-Key") != "k" and self.path == "/key" else 200
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(b'{"status": "healthy"}')
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    with HTTPServer(("127.0.0.1", 0), Answer) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running.server_port
+        running.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["/", "healthy"], 0),
+        (["/"], 0),
+        (["/", "^nothing$"], 1),
+        (["/down"], 1),
+        (["/key"], 1),
+        (["/key", "healthy", "HEADER"], 0),
+    ],
+)
+def test_http_probe(server: int, tmp_path: Path, words: list[str], code: int) -> None:
+    """200 with the pattern is healthy; another status, another body or no login is not."""
+    (tmp_path / "HEADER").write_text("X-Key: k")
+    done = subprocess.run(
+        [ROOT / "dockerfiles/base/http-probe", str(server), *words], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == code, done
+
+
+def test_http_probe_of_nothing() -> None:
+    done = subprocess.run([ROOT / "dockerfiles/base/http-probe", "1", "/"], capture_output=True, check=False)
+    assert done.returncode != 0
+
+
+def test_with_secrets_refuses_a_missing_file_and_leaves_others_alone() -> None:
+    """Only variables that point into /run/secrets are ours."""
+    script = ROOT / "dockerfiles/base/with-secrets"
+    missing = subprocess.run(
+        [script, "true"],
+        env={"PATH": os.environ["PATH"], "X_FILE": "/run/secrets/no-such"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert missing.returncode == 3
+    assert "X_FILE" in missing.stderr
+    other = subprocess.run(
+        [script, sys.executable, "-c", "import os; print('SSL_CERT' in os.environ)"],
+        env={"PATH": os.environ["PATH"], "SSL_CERT_FILE": "/etc/hosts"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert other.stdout.strip() == "False"

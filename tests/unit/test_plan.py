@@ -1,0 +1,87 @@
+"""The memory plan keeps its promises for every host."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stack import plan
+from stack.errors import StackError
+from stack.instance import ROOT
+
+SIZING = plan.load_sizing()
+memories = st.integers(min_value=4096, max_value=2**20)
+cpu_counts = st.floats(min_value=0.5, max_value=256)
+
+
+@given(memories, cpu_counts)
+def test_limits_fit_the_budget(memory: int, cpus: float) -> None:
+    """The sum of all limits is within the budget, and uses nearly all of it."""
+    made = plan.make_plan(SIZING, memory, cpus)
+    assert made.total <= made.budget <= memory - SIZING.reserve.floor
+    assert made.total > made.budget - 8 * len(made.limits)
+
+
+@given(memories, cpu_counts)
+def test_every_limit_is_between_floor_and_cap(memory: int, cpus: float) -> None:
+    for name, limit in plan.make_plan(SIZING, memory, cpus).limits.items():
+        service = SIZING.services[name]
+        assert service.floor <= limit.limit <= (service.cap or memory), name
+        assert 0 < limit.reservation < limit.limit, name
+
+
+@given(memories, st.integers(min_value=0, max_value=65536), cpu_counts)
+def test_more_memory_never_means_less_for_a_service(memory: int, more: int, cpus: float) -> None:
+    small, large = plan.make_plan(SIZING, memory, cpus), plan.make_plan(SIZING, memory + more, cpus)
+    for name, limit in small.limits.items():
+        # Rounding to 8 MiB may take one step.
+        assert large.limits[name].limit >= limit.limit - 8, name
+    assert large.worker_slots >= small.worker_slots
+
+
+@given(memories, cpu_counts)
+def test_slots_leave_each_task_its_memory(memory: int, cpus: float) -> None:
+    """Never more slots than the worker's memory carries, and each task gets what was promised."""
+    made = plan.make_plan(SIZING, memory, cpus)
+    worker = SIZING.worker
+    assert worker.min_slots <= made.worker_slots <= worker.max_slots
+    assert made.task_budget >= worker.task
+    used = worker.base + made.worker_slots * (worker.slot + made.task_budget)
+    assert used <= made.limits["worker"].limit
+    assert made.worker_slots < made.parallelism <= made.worker_slots + 8
+    assert made.worker_slots < made.postgres_connections
+
+
+@given(st.integers(min_value=1, max_value=SIZING.floor - 1))
+def test_below_the_floor_is_refused_with_the_figure(memory: int) -> None:
+    for whole in (True, False):
+        with pytest.raises(StackError, match=r"needs \d+\.\d GiB") as refused:
+            plan.make_plan(SIZING, memory, 2, whole=whole)
+        assert refused.value.code == "E-MEM-LOW"
+
+
+def test_the_figure_that_a_refusal_names_is_enough() -> None:
+    """Whoever gives what the message asks for is let in."""
+    for whole in (True, False):
+        with pytest.raises(StackError) as refused:
+            plan.make_plan(SIZING, 1024, 2, whole=whole)
+        needed = re.search(r"needs ([\d.]+) GiB", refused.value.what)
+        assert needed
+        plan.make_plan(SIZING, int(float(needed[1]) * 1024), 2, whole=whole)
+
+
+def test_docs_hold_the_table_that_the_program_makes() -> None:
+    """docs/memory.md shows the plans of 4 to 64 GiB hosts as they are."""
+    assert {memory for memory, _ in plan.EXAMPLE_HOSTS} == {4, 8, 16, 24, 64}
+    text = (ROOT / "docs/memory.md").read_text()
+    shown = text.split("<!-- plan-table -->")[1].split("<!-- /plan-table -->")[0].strip()
+    assert shown == plan.render_examples(SIZING)
+
+
+def test_the_same_host_gives_the_same_plan() -> None:
+    first, second = plan.make_plan(SIZING, 9999, 3), plan.make_plan(SIZING, 9999, 3)
+    assert first == second
+    assert first.environment() == second.environment()

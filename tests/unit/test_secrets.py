@@ -1,0 +1,78 @@
+"""Secrets are made once, kept, and damage is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+
+from stack import secrets
+from stack.errors import StackError
+from stack.settings import DEFAULTS
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    directory = tmp_path / "secrets"
+    written = secrets.ensure(directory, DEFAULTS, secrets.check(directory, data_exists=False))
+    assert set(written) == {*secrets.PRIMARY, *secrets.derived_names()}
+    return directory
+
+
+def test_a_second_run_writes_nothing(made: Path) -> None:
+    before = {path: path.read_bytes() for path in made.iterdir()}
+    assert secrets.ensure(made, DEFAULTS, secrets.check(made, data_exists=True)) == []
+    assert {path: path.read_bytes() for path in made.iterdir()} == before
+
+
+def test_modes(made: Path) -> None:
+    """Nobody else enters the directory; in it, containers of any uid may read."""
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in made.iterdir()} == {0o444}
+
+
+def test_no_two_are_alike_and_none_is_short(made: Path) -> None:
+    values = [(made / name).read_text() for name in secrets.PRIMARY]
+    assert len(set(values)) == len(values)
+    assert min(map(len, values)) >= 32
+
+
+def test_urls_carry_the_passwords_unharmed(made: Path) -> None:
+    url = urlparse((made / "airflow_db_url").read_text().replace("+psycopg2", ""))
+    assert url.password == (made / "airflow_db_password").read_text()
+
+
+def test_derived_files_follow_a_changed_primary(made: Path) -> None:
+    (made / "redis_password").chmod(0o600)
+    (made / "redis_password").write_text("another" * 6)
+    assert set(secrets.ensure(made, DEFAULTS, [])) == {"redis_acl", "broker_url"}
+    assert "another" not in (made / "redis_acl").read_text()
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n", b"\xff\xfe", b"a\0b"])
+def test_damage_is_refused(made: Path, content: bytes) -> None:
+    """Empty, not text, or with a NUL: never replaced in silence."""
+    victim = made / "jwt_secret"
+    victim.chmod(0o600)
+    victim.write_bytes(content)
+    for data_exists in (True, False):
+        with pytest.raises(StackError, match="jwt_secret") as refused:
+            secrets.check(made, data_exists=data_exists)
+        assert refused.value.code == "E-SECRET"
+
+
+def test_a_directory_in_a_secrets_place_is_refused(made: Path) -> None:
+    """What the engine makes of a missing file that it was told to mount."""
+    (made / "jwt_secret").unlink()
+    (made / "jwt_secret").mkdir()
+    with pytest.raises(StackError, match="cannot be read"):
+        secrets.check(made, data_exists=False)
+
+
+def test_a_lost_secret_is_refused_only_where_there_is_data(made: Path) -> None:
+    (made / "fernet_key").unlink()
+    assert secrets.check(made, data_exists=False) == ["fernet_key"]
+    with pytest.raises(StackError, match="fernet_key") as refused:
+        secrets.check(made, data_exists=True)
+    assert refused.value.code == "E-SECRET-LOST"

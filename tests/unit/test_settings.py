@@ -1,0 +1,80 @@
+"""stack.env is read strictly, and every mistake is told by name."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from stack import settings
+from stack.errors import StackError
+
+
+def refused(text: str) -> str:
+    with pytest.raises(StackError) as error:
+        settings.parse(text)
+    assert error.value.code == "E-SETTING"
+    return error.value.why
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6g", 6 * 2**30), ("6GiB", 6 * 2**30), ("512m", 2**29), ("1.5g", 3 * 2**29), ("1048576", 2**20), (" 2T ", 2**41)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert settings.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "g", "six", "6 gigs", "-1g", "6g6"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        settings.parse_size(text)
+
+
+@pytest.mark.parametrize(("key", "nearest"), [("AIRFLOW_PROT", "AIRFLOW_PORT"), ("stack_memroy", "STACK_MEMORY")])
+def test_an_unknown_key_is_answered_with_the_nearest(key: str, nearest: str) -> None:
+    assert f"unknown key {key}; did you mean {nearest}?" in refused(f"{key}=1")
+
+
+@pytest.mark.parametrize("value", ["0", "70000", "http", "80 80", "-1", "8080.0"])
+def test_bad_ports(value: str) -> None:
+    assert f"AIRFLOW_PORT={value}" in refused(f"AIRFLOW_PORT={value}")
+
+
+@pytest.mark.parametrize("value", ["0.0.0.0", "10.0.0.1", "::"])
+def test_addresses_beyond_loopback_are_refused(value: str) -> None:
+    assert "only loopback" in refused(f"BIND_ADDRESS={value}")
+
+
+@pytest.mark.parametrize("value", ["127.0.0.1", "127.0.0.2", "::1"])
+def test_loopback_is_allowed(value: str) -> None:
+    assert settings.parse(f"BIND_ADDRESS={value}").bind_address == value
+
+
+def test_equal_ports_are_refused() -> None:
+    assert "must differ" in refused("AIRFLOW_PORT=5000")
+    assert "must differ" in refused("FLOWER=on\nFLOWER_PORT=8080")
+    settings.parse("FLOWER=off\nFLOWER_PORT=8080")
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    why = refused("AIRFLOW_PORT=x\nNO_SUCH=1\nnonsense\nSTACK_MEMORY=lots\nFLOWER=off\nFLOWER=on")
+    for part in ("AIRFLOW_PORT=x", "NO_SUCH", "'nonsense'", "STACK_MEMORY=lots", "FLOWER is set twice"):
+        assert part in why, part
+
+
+def test_the_fresh_file_is_the_defaults_and_documents_every_key() -> None:
+    text = settings.render_defaults()
+    assert settings.parse(text) == settings.DEFAULTS
+    for name in settings.Settings.model_fields:
+        assert re.search(rf"^# .+\n#{name.upper()}=", text, re.MULTILINE), name
+
+
+def test_the_fresh_file_uncommented_is_the_defaults_too() -> None:
+    """Every shown default is a value that is accepted."""
+    text = re.sub(r"^#([A-Z_]+=)", r"\1", settings.render_defaults(), flags=re.MULTILINE)
+    assert settings.parse(text) == settings.DEFAULTS
+
+
+def test_quotes_and_spaces_around_values() -> None:
+    assert settings.parse(" STACK_NAME = 'mine' ").stack_name == "mine"

@@ -17,6 +17,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--running", action="store_true", help="test the running stack, read-only")
 
 
+TIMINGS = pytest.StashKey[dict[str, float]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The times that the tests took of the verbs: told, never judged; machines differ."""
+    for what, seconds in config.stash.get(TIMINGS, {}).items():
+        terminalreporter.write_line(f"{seconds:6.1f} s  {what}")
+
+
 @pytest.fixture(scope="session")
 def stack(request: pytest.FixtureRequest) -> Iterator[StackUnderTest]:
     if request.config.getoption("--running"):
@@ -25,7 +34,9 @@ def stack(request: pytest.FixtureRequest) -> Iterator[StackUnderTest]:
             pytest.exit("there is no running stack here: run `make up` first", returncode=3)
         yield StackUnderTest(here)
         return
-    yield from throwaway(request)
+    for found in throwaway(request):
+        request.config.stash[TIMINGS] = found.timings
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -183,8 +183,6 @@ def throwaway(request: pytest.FixtureRequest) -> Iterator[StackUnderTest]:
             keep_logs()
             say(f"logs of every service are in {LOGS}")
         remove_leftovers()
-        for what, seconds in found.timings.items():
-            say(f"{what}: {seconds:.1f} s")
 
 
 def copy_of_the_tree() -> Path:

@@ -121,6 +121,9 @@ def start(stack: Compose, patience: float = UP_PATIENCE_S) -> None:
     Raises StackError (E-UNHEALTHY) with each unhappy service's last words.
     """
     wanted = set(stack.hashes())
+    # Compose leaves an opt-in service running when its setting is turned off.
+    if unwanted := {container.service for container in stack.containers()} - wanted:
+        stack.capture("--profile", "*", "rm", "--stop", "--force", *sorted(unwanted), timeout=120)
     with step(f"starting {len(wanted)} services") as progress, tempfile.TemporaryFile("w+") as output:
         child = start_process(
             stack.command("up", "--detach", "--remove-orphans", "--no-build", "--pull", "never"), output
@@ -131,9 +134,8 @@ def start(stack: Compose, patience: float = UP_PATIENCE_S) -> None:
                 ended = child.poll()
                 now = {container.service: container for container in stack.containers()}
                 waiting = sorted(name for name in wanted if name not in now or not now[name].good)
-                progress.update(
-                    f"{len(wanted) - len(waiting)} of {len(wanted)} ready; waiting for {', '.join(waiting)}"
-                )
+                left = f"; waiting for {', '.join(waiting)}" if waiting else ""
+                progress.update(f"{len(wanted) - len(waiting)} of {len(wanted)} ready{left}")
                 if ended == 0 and not waiting:
                     return
                 if ended not in (None, 0):

@@ -52,9 +52,10 @@ class WorkerSizing(_Model):
 
 
 class WebSizing(_Model):
-    """Processes of a web service: MiB for each, and how many at the most."""
+    """Processes of a web service: MiB and CPUs for each, and how many at the most."""
 
     per_worker: int
+    cpus_per_worker: float = Field(gt=0)
     max_workers: int
 
 
@@ -201,7 +202,7 @@ def _share(sizing: Sizing, budget: int) -> dict[str, int]:
 
 
 def _web_workers(sizing: WebSizing, limit: int, cpus: float) -> int:
-    return max(1, min(limit // sizing.per_worker, math.ceil(cpus), sizing.max_workers))
+    return max(1, min(limit // sizing.per_worker, int(cpus / sizing.cpus_per_worker), sizing.max_workers))
 
 
 def render(plan: Plan) -> str:

@@ -19,6 +19,8 @@ from pathlib import Path
 from stack.errors import StackError
 from stack.settings import Settings
 
+_MODE = 0o444
+
 
 def _password() -> str:
     # 32 characters of 64: 192 bits, and no character that a URL or an ini file would need escaped.
@@ -159,6 +161,10 @@ def ensure(directory: Path, settings: Settings, missing: list[str]) -> list[str]
     for name in missing:
         _write(directory / name, PRIMARY[name]())
         written.append(name)
+    for path in directory.iterdir():
+        # Put back from a backup they may have any mode; containers could not read them.
+        if path.stat().st_mode & 0o777 != _MODE:
+            path.chmod(_MODE)
     primary = {name: (directory / name).read_text(encoding="utf-8").strip() for name in PRIMARY}
     for name, text in derive(primary, settings).items():
         path = directory / name
@@ -181,4 +187,4 @@ def _write(path: Path, text: str) -> None:
         partial = path.with_name(f".{path.name}.new")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    path.chmod(0o444)
+    path.chmod(_MODE)

@@ -147,6 +147,7 @@ def test_another_fernet_key_is_noticed_at_start(stack: StackUnderTest) -> None:
     path.chmod(0o600)
     try:
         path.write_text("A" * 43 + "=")
+        path.chmod(0o444)
         said = stack.make("up")
         assert said.code != 0, said.output
         assert "E-FERNET" in said.output, said.output

@@ -79,6 +79,7 @@ def render_environment(values: Mapping[str, str]) -> str:
 class Container:
     """A container of the stack as it stands."""
 
+    id: str
     name: str
     service: str
     state: str
@@ -162,6 +163,7 @@ def containers(project: str) -> list[Container]:
             continue
         found.append(
             Container(
+                id=item["Id"],
                 name=item["Name"].lstrip("/"),
                 service=labels.get("com.docker.compose.service", ""),
                 state=state["Status"],

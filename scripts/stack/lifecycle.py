@@ -120,7 +120,8 @@ def start(stack: Compose, patience: float = UP_PATIENCE_S) -> None:
 
     Raises StackError (E-UNHEALTHY) with each unhappy service's last words.
     """
-    wanted = set(stack.hashes())
+    hashes = stack.hashes()
+    wanted, watch = set(hashes), _Watch(stack, hashes)
     # Compose leaves an opt-in service running when its setting is turned off.
     if unwanted := {container.service for container in stack.containers()} - wanted:
         stack.capture("--profile", "*", "rm", "--stop", "--force", *sorted(unwanted), timeout=120)
@@ -142,7 +143,7 @@ def start(stack: Compose, patience: float = UP_PATIENCE_S) -> None:
                     output.seek(0)
                     tail = "\n".join(output.read().strip().splitlines()[-3:])
                     raise compose.not_healthy(stack, f"docker compose up ended with code {ended}: {tail}", Exit.FAILED)
-                _raise_if_hopeless(stack, now)
+                watch.look(now)
                 if time.monotonic() > deadline:
                     raise compose.not_healthy(
                         stack, f"after {patience:.0f} s still waiting for: {', '.join(waiting)}", Exit.TIMED_OUT
@@ -154,11 +155,35 @@ def start(stack: Compose, patience: float = UP_PATIENCE_S) -> None:
                 child.wait(timeout=30)
 
 
-def _raise_if_hopeless(stack: Compose, now: dict[str, Container]) -> None:
-    """A service that keeps ending will not become healthy by waiting."""
-    for container in now.values():
-        if container.restarts >= 3 or container.health == "unhealthy":
-            raise compose.not_healthy(stack, f"{container.service} does not stay up", Exit.FAILED)
+class _Watch:
+    """Tells a service that will not become healthy by waiting from one that needs a moment.
+
+    While its database is made anew, an old container may restart or be unhealthy: only what happens
+    to a container of the wanted configuration counts, and only when it lasts.
+    """
+
+    RESTARTS = 3
+    UNHEALTHY_S = 90
+
+    def __init__(self, stack: Compose, wanted: dict[str, str]) -> None:
+        self._stack = stack
+        self._wanted = wanted
+        self._restarts: dict[str, int] = {}
+        self._unhealthy_since: dict[str, float] = {}
+
+    def look(self, now: dict[str, Container]) -> None:
+        """Raises StackError (E-UNHEALTHY) for a service that keeps ending or stays unhealthy."""
+        for container in now.values():
+            if container.config_hash != self._wanted.get(container.service):
+                continue
+            first = self._restarts.setdefault(container.id, container.restarts)
+            if container.health == "unhealthy":
+                since = self._unhealthy_since.setdefault(container.id, time.monotonic())
+            else:
+                since = time.monotonic()
+                self._unhealthy_since.pop(container.id, None)
+            if container.restarts - first >= self.RESTARTS or time.monotonic() - since > self.UNHEALTHY_S:
+                raise compose.not_healthy(self._stack, f"{container.service} does not stay up", Exit.FAILED)
 
 
 def down(instance: Instance, *, volumes: bool = False) -> None:

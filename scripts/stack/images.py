@@ -263,32 +263,26 @@ def bootstrap_base(host: Host, settings: Settings) -> None:
 
 
 def push(settings: Settings, wanted: Mapping[str, str]) -> None:
-    """Pushes the images to IMAGE_PREFIX."""
-    for image, tag in wanted.items():
-        full = name(settings, image, tag)
-        with step(f"pushing {full}") as progress:
-            code = stream(["docker", "push", full], timeout=1800, on_line=lambda line: progress.update(line[:100]))
-        if code != 0:
-            raise _registry_error("push", full)
+    """Pushes the images to IMAGE_PREFIX. Raises StackError (E-REGISTRY)."""
+    _transfer("push", settings, wanted, fix="docker login to it, and see that IMAGE_PREFIX in stack.env names it")
 
 
 def pull(settings: Settings, wanted: Mapping[str, str]) -> None:
-    """Pulls the images from IMAGE_PREFIX."""
+    """Pulls the images from IMAGE_PREFIX. Raises StackError (E-REGISTRY)."""
+    _transfer("pull", settings, wanted, fix="docker login to it; `make push` must have run with the same sources")
+
+
+def _transfer(verb: str, settings: Settings, wanted: Mapping[str, str], *, fix: str) -> None:
     for image, tag in wanted.items():
         full = name(settings, image, tag)
-        with step(f"pulling {full}") as progress:
-            code = stream(["docker", "pull", full], timeout=1800, on_line=lambda line: progress.update(line[:100]))
-        if code != 0:
-            raise _registry_error("pull", full)
-
-
-def _registry_error(verb: str, full: str) -> StackError:
-    return StackError(
-        "E-REGISTRY",
-        f"docker {verb} {full} failed",
-        why="the registry of IMAGE_PREFIX did not take part (see above)",
-        fix="docker login to it; for a pull, `make push` must have run with the same sources"
-        if verb == "pull"
-        else "docker login to it, and see that IMAGE_PREFIX in stack.env names it",
-        exit_code=Exit.FAILED,
-    )
+        with step(f"docker {verb} {full}"):
+            done = capture(["docker", verb, "--quiet", full], timeout=1800, check=False)
+        if done.code != 0:
+            raise StackError(
+                "E-REGISTRY",
+                f"docker {verb} {full} failed",
+                why=done.err.strip()[-400:],
+                fix=fix,
+                changed="images before this one are done",
+                exit_code=Exit.FAILED,
+            )

@@ -176,6 +176,22 @@ def test_a_changed_setting_touches_only_what_it_concerns(stack: StackUnderTest) 
 SERVERS = ("postgres", "redis", "minio", "mlflow", "airflow-apiserver", "airflow-scheduler", "airflow-worker")
 
 
+def test_a_package_that_contradicts_the_image_stops_the_build(stack: StackUnderTest) -> None:
+    """The message names the package, the image's version and the one asked for; the stack runs on."""
+    path = stack.clone / "dags" / "requirements.txt"
+    former = path.read_text()
+    before = ids(stack)
+    try:
+        path.write_text("pandas==1.5.3\n")
+        said = stack.make("up")
+    finally:
+        path.write_text(former)
+    assert said.code != 0, said.output
+    for text in ("error[E-BUILD]", "E-REQUIREMENTS", "pandas==1.5.3", "pandas==3."):
+        assert text in said.output, said.output
+    assert ids(stack) == before
+
+
 def test_interrupting_a_restart_loses_nothing(stack: StackUnderTest) -> None:
     """Ctrl-C in the middle of `make restart`, then `make up`: all healthy."""
     child = stack.start("make", "--no-print-directory", "restart")

@@ -169,3 +169,25 @@ def test_image_labels(inspected: dict[str, dict[str, Any]]) -> None:
     for service, facts in inspected.items():
         version = facts["Config"]["Labels"]["org.opencontainers.image.version"]
         assert facts["Config"]["Image"].rsplit(":", 1)[1].startswith(f"{version}-"), service
+
+
+# MB, as `docker images` counts; each well below what its published counterpart takes.
+SIZES = {"airflow": 950, "mlflow": 1050, "postgres": 400, "redis": 140, "minio": 200, "minio-init": 200}
+
+
+def test_images_are_small(inspected: dict[str, dict[str, Any]]) -> None:
+    for facts in inspected.values():
+        image = facts["Config"]["Image"]
+        name = image.rsplit("/", 1)[1].split(":")[0]
+        size = int(run("docker", "image", "inspect", "--format", "{{.Size}}", image).output) / 1e6
+        assert 50 < size < SIZES[name], (name, size)
+
+
+def test_images_hold_no_tools_of_their_making(stack: StackUnderTest, expected: dict[str, Expected]) -> None:
+    """No compiler, installer or package cache is left; the one program that must be there is found."""
+    look = (
+        "command -v bash; command -v gcc cc go uv pip pip3 make; "
+        "ls -d /opt/uv /var/lib/apt/lists/*Packages* /var/cache/apt/archives/*.deb 2>/dev/null; true"
+    )
+    for service in (name for name, want in expected.items() if not want.job):
+        assert stack.exec(service, "bash", "-c", look).output.split() == ["/usr/bin/bash"], service

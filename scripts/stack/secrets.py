@@ -13,6 +13,7 @@ import base64
 import hashlib
 import json
 import secrets as random
+import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from stack.errors import StackError
 from stack.settings import Settings
 
 _MODE = 0o444
+_ALPHABET = string.ascii_letters + string.digits
 
 
 def _password() -> str:
-    # 32 characters of 64: 192 bits, and no character that a URL or an ini file would need escaped.
-    return random.token_urlsafe(24)
+    # 33 characters of 62: 196 bits, and none that a URL, an ini file or a command line would read
+    # as something else (a leading dash, say).
+    return "".join(random.choice(_ALPHABET) for _ in range(33))
 
 
 def _fernet_key() -> str:

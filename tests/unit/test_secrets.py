@@ -38,6 +38,13 @@ def test_no_two_are_alike_and_none_is_short(made: Path) -> None:
     assert min(map(len, values)) >= 32
 
 
+def test_passwords_need_no_quoting_anywhere(made: Path) -> None:
+    """Letters and digits only: nothing that a URL, a shell, an ini file or argparse reads otherwise."""
+    for name in secrets.PRIMARY:
+        value = (made / name).read_text()
+        assert value.isalnum() or name == "fernet_key", name
+
+
 def test_urls_carry_the_passwords_unharmed(made: Path) -> None:
     url = urlparse((made / "airflow_db_url").read_text().replace("+psycopg2", ""))
     assert url.password == (made / "airflow_db_password").read_text()

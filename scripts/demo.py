@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import httpx
+
 from stack import instance, settings
 from stack.airflow import Airflow
 from stack.console import Step, say, step
@@ -27,14 +29,10 @@ def connect() -> tuple[Airflow, settings.Settings]:
     try:
         password = (here.secrets / "admin_password").read_text(encoding="utf-8").strip()
         return Airflow(f"http://localhost:{chosen.airflow_port}", chosen.admin_user, password), chosen
-    except OSError as error:
-        raise StackError("E-NO-STACK", "no running stack was found", why=str(error), fix="make up") from error
-    except Exception as error:
-        if isinstance(error, StackError):
-            raise
+    except (OSError, httpx.HTTPError) as error:
         raise StackError(
             "E-NO-STACK",
-            "Airflow does not answer",
+            "no running stack answers here",
             why=f"{type(error).__name__}: {error}",
             fix="make up, then make status",
         ) from error

@@ -52,3 +52,5 @@ for lock in $due; do
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
   cp "$lock" "$(stamp "$lock")"
 done
+# Under sudo it belongs to the owner of the clone all the same.
+[ "$(id -u)" != 0 ] || chown -R "$(ls -ldn "$root" | awk '{print $3 ":" $4}')" "$root/var"

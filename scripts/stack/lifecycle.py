@@ -33,12 +33,12 @@ class Prepared:
     written: list[str]
 
 
-def prepare(instance: Instance, *, may_install: bool = True) -> Prepared:
+def prepare(instance: Instance) -> Prepared:
     """Checks the host, then writes stack.env, the plan and the secrets where they are not current."""
     chosen = settings.load(instance.settings_file)
     found = host.read()
     preflight.raise_all(preflight.before_engine(found, chosen, instance))
-    running = engine.ensure(found, may_install=may_install and chosen.install_engine == "auto")
+    running = engine.ensure(found, may_install=chosen.install_engine == "auto")
     tags = images.tags(chosen)
     due = bool(images.missing(chosen, tags))
     preflight.raise_all(preflight.with_engine(found, chosen, running, to_build=due))

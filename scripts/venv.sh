@@ -53,4 +53,5 @@ for lock in $due; do
   cp "$lock" "$(stamp "$lock")"
 done
 # Under sudo it belongs to the owner of the clone all the same.
-[ "$(id -u)" != 0 ] || chown -R "$(ls -ldn "$root" | awk '{print $3 ":" $4}')" "$root/var"
+[ "$(id -u)" != 0 ] ||
+  chown -R "$(python3 -c 'import os, sys; s = os.stat(sys.argv[1]); print(f"{s.st_uid}:{s.st_gid}")' "$root")" "$root/var"

@@ -8,6 +8,7 @@ Exit: Compose's own code; 3 when the stack has not been prepared.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 from stack import compose, instance
@@ -16,7 +17,10 @@ from stack.errors import run_main
 
 def main(argv: Sequence[str]) -> int:
     """Becomes `docker compose`: signals and the terminal are its own."""
-    command = compose.Compose(instance.current()).command(*argv)
+    words = list(argv)
+    if words[:1] == ["exec"] and not sys.stdin.isatty():
+        words.insert(1, "-T")
+    command = compose.Compose(instance.current()).command(*words)
     os.execvp(command[0], command)
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from stack import compose, instance, lifecycle
+from stack import compose, instance, lifecycle, settings
 from stack.console import say
 from stack.errors import StackError, run_main
 
@@ -23,10 +23,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     arguments = parser.parse_args(argv)
     here = instance.current()
-    stack = compose.Compose(here)
-    if arguments.volumes and not arguments.yes:
-        confirm(stack.project, compose.volumes(stack.project))
-    lifecycle.down(here, volumes=arguments.volumes)
+    if arguments.volumes:
+        project = settings.load(here.settings_file).stack_name
+        if not arguments.yes:
+            confirm(project, compose.volumes(project))
+        if not here.env_file.exists():
+            # The way out of E-SECRET-LOST when the whole directory of a stack was lost.
+            compose.remove_project(project)
+    if here.env_file.exists() or not arguments.volumes:
+        lifecycle.down(here, volumes=arguments.volumes)
     if arguments.volumes:
         # The secrets fit only the data that has just gone; the next `make up` makes new ones.
         shutil.rmtree(here.secrets, ignore_errors=True)

@@ -25,8 +25,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.examples:
         print(plan.render_examples(sizing))
         return 0
-    if arguments.memory:
-        made = plan.make_plan(sizing, arguments.memory // plan.MIB, arguments.cpus or host.cpu_count())
+    if arguments.memory or arguments.cpus:
+        memory = arguments.memory // plan.MIB if arguments.memory else host.read().memory
+        made = plan.make_plan(sizing, memory, arguments.cpus or host.cpu_count())
     else:
         made = preflight.plan_for(host.read(), settings.load(instance.current().settings_file))
     print(made.model_dump_json(indent=2) if arguments.json else plan.render(made))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,12 +193,32 @@ def _parse_environment(text: str) -> dict[str, str]:
     return values
 
 
+def failed(found: Iterable[Container]) -> list[Container]:
+    """The containers that have ended badly, keep ending, or are unhealthy."""
+    return [
+        one
+        for one in found
+        if not one.good and one.state != "created" and not (one.state == "running" and one.health == "starting")
+    ]
+
+
+def remove_project(project: str) -> None:
+    """Removes what carries a project's label: for a stack whose .env is lost with its directory."""
+    label = f"label=com.docker.compose.project={project}"
+    for kind, remove in (
+        (("ps", "--all"), ("rm", "--force")),
+        (("volume", "ls"), ("volume", "rm")),
+        (("network", "ls"), ("network", "rm")),
+    ):
+        ids = capture(["docker", *kind, "--quiet", "--filter", label], timeout=30).out.split()
+        if ids:
+            capture(["docker", *remove, *ids], timeout=120)
+
+
 def failure_report(compose: Compose) -> str:
     """Why the stack is not healthy: each container that is not good, its last probe and last lines."""
     lines = []
-    for container in compose.containers():
-        if container.good or container.state == "created":
-            continue
+    for container in failed(compose.containers()):
         lines.append(f"{container.service}: {container.state} {container.health} (exit code {container.exit_code})")
         probe = capture(
             ["docker", "inspect", "--format", "{{json .State.Health}}", container.name], timeout=30, check=False

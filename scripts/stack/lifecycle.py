@@ -19,6 +19,9 @@ from stack.process import start as start_process
 
 UP_PATIENCE_S = 420
 """A start from empty volumes took 40 s on 2 cores; a slow disk may need ten times that."""
+STOP_GRACE_S = 600
+"""A worker that is replaced may let its tasks end first (stop_grace_period in compose/airflow.yaml)."""
+UP_ATTEMPTS = 3
 JOBS = ("airflow-init", "mlflow-init", "minio-init")
 """Services that end when their work is done."""
 
@@ -41,7 +44,7 @@ def prepare(instance: Instance) -> Prepared:
     running = engine.ensure(found, may_install=chosen.install_engine == "auto")
     tags = images.tags(chosen)
     due = bool(images.missing(chosen, tags))
-    preflight.raise_all(preflight.with_engine(found, chosen, running, to_build=due))
+    preflight.raise_all(preflight.with_engine(found, chosen, running, to_build=due and chosen.image_source == "build"))
     missing = secrets.check(instance.secrets, data_exists=bool(compose.volumes(chosen.stack_name)))
     plan = preflight.plan_for(found, chosen, running)
 
@@ -115,20 +118,21 @@ def is_current(stack: Compose) -> bool:
     )
 
 
-def start(stack: Compose, patience: float = UP_PATIENCE_S) -> None:
+def start(stack: Compose) -> None:
     """Starts what is not running as configured and waits until all of it is healthy.
 
     Raises StackError (E-UNHEALTHY) with each unhappy service's last words.
     """
     hashes = stack.hashes()
     wanted, watch = set(hashes), _Watch(stack, hashes)
+    patience = UP_PATIENCE_S + (STOP_GRACE_S if stack.containers() else 0)
+    attempts = 1
     # Compose leaves an opt-in service running when its setting is turned off.
     if unwanted := {container.service for container in stack.containers()} - wanted:
         stack.capture("--profile", "*", "rm", "--stop", "--force", *sorted(unwanted), timeout=120)
     with step(f"starting {len(wanted)} services") as progress, tempfile.TemporaryFile("w+") as output:
-        child = start_process(
-            stack.command("up", "--detach", "--remove-orphans", "--no-build", "--pull", "never"), output
-        )
+        up_command = stack.command("up", "--detach", "--remove-orphans", "--no-build", "--pull", "never")
+        child = start_process(up_command, output)
         deadline = time.monotonic() + patience
         try:
             while True:
@@ -139,6 +143,11 @@ def start(stack: Compose, patience: float = UP_PATIENCE_S) -> None:
                 progress.update(f"{len(wanted) - len(waiting)} of {len(wanted)} ready{left}")
                 if ended == 0 and not waiting:
                     return
+                if ended not in (None, 0) and attempts < UP_ATTEMPTS and not compose.failed(now.values()):
+                    # No service failed: the engine lost a race ("No such container", of one that runs).
+                    attempts += 1
+                    child = start_process(up_command, output)
+                    continue
                 if ended not in (None, 0):
                     output.seek(0)
                     tail = "\n".join(output.read().strip().splitlines()[-3:])
@@ -194,7 +203,7 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
     title = "stopping and deleting all data" if volumes else "stopping (data is kept)"
     with step(title) as progress, tempfile.TemporaryFile("w+") as output:
         child = start_process(stack.command("--profile", "*", *words), output)
-        deadline = time.monotonic() + 700  # the worker's stop grace of 600 s, and some
+        deadline = time.monotonic() + STOP_GRACE_S + 100
         while (code := child.poll()) is None:
             left = [container.service for container in stack.containers()]
             progress.update(f"waiting for {', '.join(left)}")

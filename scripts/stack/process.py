@@ -5,6 +5,7 @@ Every call has a time-out. Output is either captured (for facts) or streamed (fo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -96,19 +97,20 @@ def stream(
     timed_out = False
 
     def end(_number: int, _frame: object) -> None:
+        # First politely; whoever is left of the group a second later is killed.
         nonlocal timed_out
+        _signal_group(child, signal.SIGKILL if timed_out else signal.SIGTERM)
         timed_out = True
-        _end_group(child)
 
     previous = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, timeout)
+    signal.setitimer(signal.ITIMER_REAL, timeout, 1.0)
     try:
         if on_line and child.stdout:
             for line in child.stdout:
                 on_line(line.rstrip("\n"))
         code = child.wait()
     except BaseException:
-        _end_group(child)
+        _signal_group(child, signal.SIGTERM)
         child.wait()
         raise
     finally:
@@ -119,14 +121,13 @@ def stream(
     return code
 
 
-def _end_group(child: subprocess.Popen[str]) -> None:
-    """Ends a child and, where it leads a group of its own, that group."""
-    if child.poll() is not None:
-        return
-    if os.getpgid(child.pid) == child.pid:
-        os.killpg(child.pid, signal.SIGTERM)
-    else:
-        child.terminate()
+def _signal_group(child: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Signals a child and, where it leads a group of its own, what is left of that group."""
+    with contextlib.suppress(ProcessLookupError):
+        if child.stdout:
+            os.killpg(child.pid, number)
+        else:
+            child.send_signal(number)
 
 
 def _failure(words: Sequence[str], why: str, output: str, code: Exit = Exit.FAILED) -> StackError:

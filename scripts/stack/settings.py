@@ -63,7 +63,7 @@ def _loopback(value: str) -> str:
     if not ipaddress.ip_address(value).is_loopback:
         raise ValueError(
             "only loopback addresses so far: logins would cross the network in the clear. "
-            "Put a TLS proxy or an SSH tunnel in front (docs/security.md)"
+            "Use an SSH tunnel (docs/security.md)"
         )
     return value
 

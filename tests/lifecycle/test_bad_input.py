@@ -209,6 +209,28 @@ class TestSecrets:
         assert victim.exists() is (damage != "missing")
 
 
+def test_clean_is_the_way_out_when_a_stacks_directory_is_lost(instance: Path) -> None:
+    """A volume without .env and secrets: `make up` refuses, `make clean` removes, `make init` goes on."""
+    volume = f"{PROJECT}_postgres"
+    run("docker", "volume", "create", "--label", f"com.docker.compose.project={PROJECT}", volume)
+    try:
+        assert "error[E-SECRET-LOST]" in init(instance, *FREE).output
+        cleaned = subprocess.run(
+            ["make", "--no-print-directory", "clean", "YES=1"],
+            cwd=ROOT,
+            env={**os.environ, "STACK_DIR": str(instance)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert cleaned.returncode == 0, cleaned.stderr
+        assert compose.volumes(PROJECT) == []
+    finally:
+        run("docker", "volume", "rm", "--force", volume)
+    assert init(instance, *FREE).code == 0
+
+
 def test_volumes_of_another_postgres_major() -> None:
     """The server refuses a volume of Postgres 16 and leaves it as it is."""
     from stack import images

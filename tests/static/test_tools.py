@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +22,12 @@ def tracked(*patterns: str) -> list[str]:
     return [name for name in names if (ROOT / name).is_file()]
 
 
-def shell_scripts() -> list[str]:
-    """Every file that begins with a shell's name, whatever its own name ends with."""
+def programs(interpreter: str) -> list[str]:
+    """Every file whose first line names an interpreter, whatever its own name ends with."""
     found = []
     for name in tracked():
         with (ROOT / name).open("rb") as file:
-            if file.readline().strip() in (b"#!/bin/sh", b"#!/bin/bash"):
+            if re.match(rf"#!.*[/ ]{interpreter}\s".encode(), file.readline()):
                 found.append(name)
     return found
 
@@ -40,8 +41,11 @@ def check(*words: str) -> None:
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["check", "format"])
 def test_ruff(command: list[str]) -> None:
-    """Python is free of the usual mistakes, and formatted."""
-    check(str(TOOLS / "ruff"), *command, "scripts", "tests", "dags", "dockerfiles")
+    """Python is free of the usual mistakes, and formatted; programs without a `.py` as well."""
+    scripts = programs("python3")
+    assert len(scripts) >= 3
+    assert len(tracked("scripts/*.py", "dags/*.py", "dockerfiles/*.py", "tests/*.py")) >= 40
+    check(str(TOOLS / "ruff"), *command, "scripts", "tests", "dags", "dockerfiles", *scripts)
 
 
 def test_mypy() -> None:
@@ -62,6 +66,14 @@ def test_hadolint() -> None:
 
 
 def test_shellcheck() -> None:
-    files = shell_scripts()
+    files = programs("(?:ba|da)?sh")
     assert len(files) >= 9
     check(str(TOOLS / "shellcheck"), *files)
+
+
+def test_dags_compile() -> None:
+    """The shipped DAG files are Python of the images' version or older: they parse."""
+    files = tracked("dags/*.py")
+    assert files
+    for name in files:
+        compile((ROOT / name).read_text(encoding="utf-8"), name, "exec", dont_inherit=True)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
 from pathlib import Path
 
 import pytest
@@ -67,25 +62,50 @@ def test_the_engine_found_here_is_accepted_and_older_ones_are_not() -> None:
         assert refused.value.exit_code == Exit.PRECONDITION
 
 
-def test_permission_denied_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user outside the docker group is told which group, not shown a stack trace."""
-    fake = tmp_path / "docker"
-    fake.write_text(
-        "#!/bin/sh\necho 'permission denied while trying to connect to the Docker daemon socket' >&2; exit 1\n"
-    )
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(StackError, match="may not use") as refused:
-        engine.inspect()
-    assert "usermod -aG docker" in refused.value.fix
-
-
 def test_a_missing_command_and_a_failing_one() -> None:
     for words, text in ((["no-such-program"], "not installed"), (["sh", "-c", "echo oh >&2; exit 7"], "oh")):
         with pytest.raises(StackError) as error:
             process.capture(words, timeout=5)
         assert text in error.value.why
     assert process.capture(["sh", "-c", "exit 7"], timeout=5, check=False).code == 7
+
+
+def test_a_time_out_of_a_captured_command_ends_it(tmp_path: Path) -> None:
+    """Exit 4 where it is checked, code 124 where the caller decides; the child is gone either way."""
+    pid_file = tmp_path / "pid"
+    command = ["sh", "-c", f"echo $$ > '{pid_file}'; exec sleep 60"]
+    with pytest.raises(StackError, match="sleep 60") as error:
+        process.capture(command, timeout=0.3)
+    assert error.value.exit_code == Exit.TIMED_OUT
+    assert gone(int(pid_file.read_text()))
+    assert process.capture(command, timeout=0.3, check=False).code == 124
+    assert gone(int(pid_file.read_text()))
+
+
+def test_what_is_secret_goes_by_stdin_or_environment() -> None:
+    """Both doors exist, so that no argument needs to hold a secret; without them stdin is empty."""
+    assert process.capture(["cat"], timeout=5, stdin="s3cret").out == "s3cret"
+    assert process.capture(["cat"], timeout=5).out == ""
+    assert process.capture(["sh", "-c", 'echo "$S"'], timeout=5, env={"S": "s3cret"}).out == "s3cret\n"
+
+
+def test_streamed_lines_come_one_by_one_with_stderr_among_them() -> None:
+    lines: list[str] = []
+    assert process.stream(["sh", "-c", "echo a; echo b >&2; exit 5"], timeout=5, on_line=lines.append) == 5
+    assert lines == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["trap '' TERM; sleep 3", "sleep 3 & exit 0"],
+    ids=["a child that ignores SIGTERM", "an orphan that holds the output"],
+)
+def test_a_time_out_is_a_bound(script: str) -> None:
+    """Whatever the command does, the call returns soon after its time-out."""
+    started = time.monotonic()
+    with pytest.raises(StackError):
+        process.stream(["sh", "-c", script], timeout=0.3, on_line=lambda _: None)
+    assert time.monotonic() - started < 2.5
 
 
 def test_a_time_out_ends_the_whole_group(tmp_path: Path) -> None:
@@ -157,67 +177,17 @@ def test_tags_follow_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(tag != before[name] for name, tag in images.tags(DEFAULTS).items())
 
 
-class Answer(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        code = 503 if self.path == "/down" else 401 if self.headers.get("X-Key") != "k" and self.path == "/key" else 200
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(b'{"status": "healthy"}')
-
-    def log_message(self, *_: object) -> None:
-        """Says nothing."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with HTTPServer(("127.0.0.1", 0), Answer) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield running.server_port
-        running.shutdown()
-
-
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (["/", "healthy"], 0),
-        (["/"], 0),
-        (["/", "^nothing$"], 1),
-        (["/down"], 1),
-        (["/key"], 1),
-        (["/key", "healthy", "HEADER"], 0),
-    ],
-)
-def test_http_probe(server: int, tmp_path: Path, words: list[str], code: int) -> None:
-    """200 with the pattern is healthy; another status, another body or no login is not."""
-    (tmp_path / "HEADER").write_text("X-Key: k")
-    done = subprocess.run(
-        [ROOT / "dockerfiles/base/http-probe", str(server), *words], cwd=tmp_path, capture_output=True, check=False
-    )
-    assert done.returncode == code, done
-
-
-def test_http_probe_of_nothing() -> None:
-    done = subprocess.run([ROOT / "dockerfiles/base/http-probe", "1", "/"], capture_output=True, check=False)
-    assert done.returncode != 0
-
-
-def test_with_secrets_refuses_a_missing_file_and_leaves_others_alone() -> None:
-    """Only variables that point into /run/secrets are ours."""
-    script = ROOT / "dockerfiles/base/with-secrets"
-    missing = subprocess.run(
-        [script, "true"],
-        env={"PATH": os.environ["PATH"], "X_FILE": "/run/secrets/no-such"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert missing.returncode == 3
-    assert "X_FILE" in missing.stderr
-    other = subprocess.run(
-        [script, sys.executable, "-c", "import os; print('SSL_CERT' in os.environ)"],
-        env={"PATH": os.environ["PATH"], "SSL_CERT_FILE": "/etc/hosts"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert other.stdout.strip() == "False"
+def test_tags_follow_the_operators_packages_and_base(tmp_path: Path) -> None:
+    """The user's requirements concern Airflow's image alone; another base image concerns all."""
+    (tmp_path / "requirements.txt").write_text("")
+    chosen = DEFAULTS.model_copy(update={"dags_dir": str(tmp_path)})
+    before = images.tags(chosen)
+    (tmp_path / "requirements.txt").write_text("polars\n")
+    assert {name for name, tag in images.tags(chosen).items() if tag != before[name]} == {"airflow"}
+    (tmp_path / "requirements.txt").write_text("")
+    assert images.tags(chosen) == before
+    other = images.tags(chosen.model_copy(update={"base_image": "registry.example.com/debian:13"}))
+    assert all(tag != before[name] for name, tag in other.items())
+    (tmp_path / "requirements.txt").unlink()
+    with pytest.raises(StackError, match=r"requirements\.txt does not exist"):
+        images.tags(chosen)

@@ -13,7 +13,19 @@ from stack.errors import StackError
 from stack.instance import ROOT
 
 SIZING = plan.load_sizing()
-memories = st.integers(min_value=4096, max_value=2**20)
+
+
+def accepted(memory: int, *, whole: bool = False) -> bool:
+    try:
+        plan.make_plan(SIZING, memory, 2, whole=whole)
+    except StackError:
+        return False
+    return True
+
+
+# The smallest host, found from outside: not by the planner's own arithmetic.
+SMALLEST = next(memory for memory in range(1, 2**16) if accepted(memory))
+memories = st.integers(min_value=SMALLEST, max_value=2**20)
 cpu_counts = st.floats(min_value=0.5, max_value=256)
 
 
@@ -23,6 +35,8 @@ def test_limits_fit_the_budget(memory: int, cpus: float) -> None:
     made = plan.make_plan(SIZING, memory, cpus)
     assert made.total <= made.budget <= memory - SIZING.reserve.floor
     assert made.total > made.budget - 8 * len(made.limits)
+    kept = max(SIZING.reserve.floor, int(memory * SIZING.reserve.fraction))
+    assert memory - made.budget in (kept, kept + 1)
 
 
 @given(memories, cpu_counts)
@@ -55,12 +69,34 @@ def test_slots_leave_each_task_its_memory(memory: int, cpus: float) -> None:
     assert made.worker_slots < made.postgres_connections
 
 
-@given(st.integers(min_value=1, max_value=SIZING.floor - 1))
-def test_below_the_floor_is_refused_with_the_figure(memory: int) -> None:
-    for whole in (True, False):
-        with pytest.raises(StackError, match=r"needs \d+\.\d GiB") as refused:
-            plan.make_plan(SIZING, memory, 2, whole=whole)
-        assert refused.value.code == "E-MEM-LOW"
+@pytest.mark.parametrize("whole", [True, False])
+@given(data=st.data())
+def test_below_the_floor_is_refused_with_the_figure(whole: bool, data: st.DataObject) -> None:
+    """Every size below the smallest is refused; STACK_MEMORY needs no reserve for the host."""
+    smallest = SIZING.floor if whole else SMALLEST
+    assert accepted(smallest, whole=whole)
+    memory = data.draw(st.integers(min_value=0, max_value=smallest - 1))
+    with pytest.raises(StackError, match=rf"{memory / 1024:.1f} GiB; the stack needs \d+\.\d GiB") as refused:
+        plan.make_plan(SIZING, memory, 2, whole=whole)
+    assert refused.value.code == "E-MEM-LOW"
+
+
+def test_the_promised_smallest_host_is_accepted() -> None:
+    """README and docs promise 4 GiB, of which the firmware and the kernel keep some."""
+    assert SMALLEST <= 3900
+
+
+@given(memories, cpu_counts)
+def test_every_limit_reaches_compose(memory: int, cpus: float) -> None:
+    """Each service has both variables, in the plan's figures; Postgres's and Redis's own are within them."""
+    made = plan.make_plan(SIZING, memory, cpus)
+    values = made.environment()
+    for name, limit in made.limits.items():
+        assert values[f"{name.upper()}_MEMORY"] == f"{limit.limit}m"
+        assert values[f"{name.upper()}_RESERVATION"] == f"{limit.reservation}m"
+    assert int(values["POSTGRES_SHARED_BUFFERS"].removesuffix("MB")) < made.limits["postgres"].limit / 2
+    assert int(values["REDIS_MAXMEMORY"].removesuffix("mb")) < made.limits["redis"].limit
+    assert int(values["MINIO_GOMEMLIMIT"].removesuffix("MiB")) < made.limits["minio"].limit
 
 
 def test_the_figure_that_a_refusal_names_is_enough() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -57,6 +58,40 @@ def test_derived_files_follow_a_changed_primary(made: Path) -> None:
     assert "another" not in (made / "redis_acl").read_text()
 
 
+def test_derived_files_are_a_function_of_the_primary_ones(made: Path) -> None:
+    """Rendered twice they are alike, and they are what stands in the files."""
+    primary = {name: (made / name).read_text() for name in secrets.PRIMARY}
+    first = secrets.derive(primary, DEFAULTS)
+    assert secrets.derive(primary, DEFAULTS) == first
+    assert {name: (made / name).read_text() for name in first} == first
+
+
+def test_a_changed_file_keeps_its_inode(made: Path) -> None:
+    """A running container sees the inode that was mounted, not the name."""
+    before = (made / "redis_acl").stat().st_ino
+    (made / "redis_password").chmod(0o600)
+    (made / "redis_password").write_text("another" * 6)
+    assert "redis_acl" in secrets.ensure(made, DEFAULTS, [])
+    assert (made / "redis_acl").stat().st_ino == before
+
+
+def test_modes_are_mended(made: Path) -> None:
+    """After a restore from a backup, whatever modes that gave."""
+    (made / "jwt_secret").chmod(0o600)
+    (made / "broker_url").chmod(0o640)
+    made.chmod(0o755)
+    assert secrets.ensure(made, DEFAULTS, []) == []
+    test_modes(made)
+
+
+def test_the_redis_acl_holds_no_password(made: Path) -> None:
+    """Its hash only, and nobody gets in without one."""
+    acl = (made / "redis_acl").read_text()
+    assert (made / "redis_password").read_text() not in acl
+    assert hashlib.sha256((made / "redis_password").read_bytes()).hexdigest() in acl
+    assert "user default off" in acl
+
+
 @pytest.mark.parametrize("content", [b"", b"  \n", b"\xff\xfe", b"a\0b"])
 def test_damage_is_refused(made: Path, content: bytes) -> None:
     """Empty, not text, or with a NUL: never replaced in silence."""
@@ -83,3 +118,4 @@ def test_a_lost_secret_is_refused_only_where_there_is_data(made: Path) -> None:
     with pytest.raises(StackError, match="fernet_key") as refused:
         secrets.check(made, data_exists=True)
     assert refused.value.code == "E-SECRET-LOST"
+    assert not (made / "fernet_key").exists()

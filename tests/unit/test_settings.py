@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +79,40 @@ def test_the_fresh_file_uncommented_is_the_defaults_too() -> None:
 
 def test_quotes_and_spaces_around_values() -> None:
     assert settings.parse(" STACK_NAME = 'mine' ").stack_name == "mine"
+
+
+@pytest.mark.parametrize("line", ["FLOWER=yes", "FLOWER=true", "FLOWER=ON", "IMAGE_SOURCE=maybe", "INSTALL_ENGINE=1"])
+def test_a_choice_is_one_of_its_words(line: str) -> None:
+    """Nothing is guessed: a word that is not offered is refused, and the offered ones are told."""
+    assert re.search(rf"{line}: Input should be '\w+' or '\w+'", refused(line))
+
+
+@pytest.mark.parametrize("value", ["0", "0.1", "many", "nan", "-2", "5000"])
+def test_bad_cpus(value: str) -> None:
+    assert f"STACK_CPUS={value}" in refused(f"STACK_CPUS={value}")
+
+
+@pytest.mark.parametrize("line", ["STACK_NAME=My Stack", "STACK_NAME=-x", "ADMIN_USER=a b", "IMAGE_PREFIX=Upper/x"])
+def test_names_that_others_would_refuse_later(line: str) -> None:
+    """What Compose, a URL or a registry cannot take is refused here, by its own line."""
+    assert line in refused(line)
+
+
+def test_an_empty_value_of_a_sized_key_is_the_default() -> None:
+    found = settings.parse("STACK_MEMORY=\nSTACK_CPUS=auto\n# a comment\n\n")
+    assert found == settings.DEFAULTS
+
+
+def test_a_missing_file_is_the_defaults_and_an_unreadable_one_is_refused(tmp_path: Path) -> None:
+    """The message names the file; bytes that are no text do not end in a stack trace."""
+    path = tmp_path / "stack.env"
+    assert settings.load(path) == settings.DEFAULTS
+    path.write_text("MLFLOW_PORT=5050\n")
+    assert settings.load(path).mlflow_port == 5050
+    path.write_bytes(b"MLFLOW_PORT=\xff\n")
+    with pytest.raises(StackError, match=re.escape(f"{path} cannot be read")):
+        settings.load(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StackError, match=re.escape(f"{path} cannot be read")):
+        settings.load(path)

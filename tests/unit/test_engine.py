@@ -1,0 +1,124 @@
+"""What `docker` says is understood: a real client process, canned answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stack import engine
+from stack.errors import Exit, StackError
+
+INFO: dict[str, Any] = {
+    "ServerVersion": "26.1.5+dfsg1",
+    "MemTotal": 8 * 2**30,
+    "NCPU": 4,
+    "DockerRootDir": "/srv/docker",
+    "MemoryLimit": True,
+    "OperatingSystem": "Debian GNU/Linux 13 (trixie)",
+}
+
+
+class Docker:
+    """A `docker` on the PATH whose answers are files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        program = folder / "docker"
+        program.write_text(f"""#!/bin/sh
+case "$1" in
+  info) cat '{folder}/err' >&2; cat '{folder}/info'; exit "$(cat '{folder}/code')" ;;
+  compose) cat '{folder}/compose' ;;
+  buildx) echo 'github.com/docker/buildx 0.13.1 abc' ;;
+  *) exit 99 ;;
+esac
+""")
+        program.chmod(0o755)
+        self.says(INFO)
+
+    def says(self, info: dict[str, Any] | str, *, err: str = "", code: int = 0, compose: str = "2.26.1-4\n") -> None:
+        text = info if isinstance(info, str) else json.dumps(info)
+        for name, content in (("info", text), ("err", err), ("code", str(code)), ("compose", compose)):
+            (self.folder / name).write_text(content)
+
+
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Docker:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return Docker(tmp_path)
+
+
+def refused() -> StackError:
+    with pytest.raises(StackError) as error:
+        engine.inspect()
+    assert error.value.exit_code == Exit.PRECONDITION
+    return error.value
+
+
+@pytest.mark.usefixtures("docker")
+def test_a_good_engine_is_read() -> None:
+    assert engine.inspect() == engine.Engine(
+        server="26.1.5+dfsg1",
+        compose="2.26.1-4",
+        buildx="0.13.1",
+        memory=8192,
+        cpus=4,
+        root_dir="/srv/docker",
+        memory_limits=True,
+        desktop=False,
+    )
+
+
+def test_docker_desktop_is_known_by_its_name(docker: Docker) -> None:
+    docker.says(INFO | {"OperatingSystem": "Docker Desktop"})
+    assert engine.inspect().desktop
+
+
+def test_an_old_engine_is_refused_with_both_versions(docker: Docker) -> None:
+    docker.says(INFO | {"ServerVersion": "20.10.24+dfsg1"})
+    error = refused()
+    assert error.code == "E-ENGINE-OLD"
+    assert "20.10.24" in error.what
+    assert "25" in error.what
+
+
+@pytest.mark.parametrize(("compose", "told"), [("2.25.9\n", "2.25.9"), ("", "(none)"), ("1.29.2\n", "1.29.2")])
+def test_an_old_or_missing_compose_is_refused(docker: Docker, compose: str, told: str) -> None:
+    docker.says(INFO, compose=compose)
+    error = refused()
+    assert error.code == "E-ENGINE-OLD"
+    assert f"Docker Compose {told} is too old" in error.what
+
+
+def test_an_engine_that_cannot_limit_memory_is_refused(docker: Docker) -> None:
+    docker.says(INFO | {"MemoryLimit": False})
+    assert refused().code == "E-ENGINE-MEMORY"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_permission_denied_is_told_apart_from_no_answer(docker: Docker, code: int) -> None:
+    """Newer clients exit 1, older ones print ServerErrors and exit 0."""
+    reason = "permission denied while trying to connect to the Docker daemon socket"
+    docker.says({"ServerErrors": [reason]}, err=f"{reason}\n" if code else "", code=code)
+    error = refused()
+    assert error.code == "E-ENGINE-ACCESS"
+    assert reason in error.why
+    docker.says({"ServerErrors": ["Cannot connect to the Docker daemon"]}, code=code)
+    error = refused()
+    assert error.code == "E-ENGINE"
+    assert "Cannot connect" in error.why
+
+
+def test_an_answer_that_is_no_json_is_no_engine(docker: Docker) -> None:
+    docker.says("", err="flag provided but not defined: -format\n", code=125)
+    assert refused().code == "E-ENGINE"
+
+
+def test_no_client_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = refused()
+    assert error.code == "E-ENGINE"
+    assert "docker: not found" in error.why

@@ -1,0 +1,190 @@
+"""The helpers inside the images, and venv.sh, run for real."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from stack.instance import ROOT
+
+BASE = ROOT / "dockerfiles/base"
+
+
+def ask(*words: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs a helper with an environment of PATH and what is given."""
+    variables = {"PATH": os.environ["PATH"], **more}
+    return subprocess.run(words, env=variables, capture_output=True, text=True, check=False, timeout=20)
+
+
+def changed_copy(source: Path, target: Path, old: str, new: str) -> Path:
+    """A copy that looks elsewhere: the paths in the image are not ours to write on this host."""
+    text = source.read_text(encoding="utf-8")
+    assert old in text, f"{source} has changed: {old} is not in it"
+    target.write_text(text.replace(old, new), encoding="utf-8")
+    target.chmod(0o755)
+    return target
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        code = 503 if self.path == "/down" else 401 if self.headers.get("X-Key") != "k" and self.path == "/key" else 200
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(b'{"status": "healthy"}')
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Answer) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        yield str(running.server_port)
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["/", "healthy"], 0),
+        (["/"], 0),
+        (["/", '"status": +"(healthy|fine)"'], 0),
+        (["/", "^nothing$"], 1),
+        (["/down"], 1),
+        (["/down", "healthy"], 1),
+        (["/key"], 1),
+        (["/key", "healthy", "HEADER"], 0),
+        (["/", "healthy", "no-such-file"], 1),
+    ],
+)
+def test_http_probe(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int) -> None:
+    """200 with the pattern is healthy; another status, another body or no login is not."""
+    monkeypatch.chdir(tmp_path)
+    Path("HEADER").write_text("X-Key: k")
+    done = ask(BASE / "http-probe", server, *words)
+    assert done.returncode == code, done
+
+
+def test_http_probe_of_nothing() -> None:
+    """A port that nobody listens on: bound, so that nobody else takes it meanwhile."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        assert ask(BASE / "http-probe", str(held.getsockname()[1]), "/").returncode != 0
+
+
+def test_http_probe_of_a_server_that_says_nothing(tmp_path: Path) -> None:
+    """It gives up by itself: a probe that hangs must not outlive its interval."""
+    probe = changed_copy(BASE / "http-probe", tmp_path / "probe", "-t 8 status", "-t 0.2 status")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert ask(probe, str(silent.getsockname()[1]), "/").returncode != 0
+
+
+def test_with_secrets_refuses_a_missing_file() -> None:
+    done = ask(BASE / "with-secrets", "echo", "started", X_FILE="/run/secrets/no-such")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "error[E-SECRET]: X_FILE names /run/secrets/no-such" in done.stderr
+
+
+def test_with_secrets_leaves_other_variables_alone() -> None:
+    """Only variables that point into /run/secrets are ours."""
+    code = "import os; print('SSL_CERT' in os.environ)"
+    assert ask(BASE / "with-secrets", sys.executable, "-c", code, SSL_CERT_FILE="/etc/hosts").stdout == "False\n"
+
+
+def test_with_secrets_exports_and_becomes_the_command(tmp_path: Path) -> None:
+    """The content, whatever characters it has, under the name without _FILE; the command's own code."""
+    script = changed_copy(BASE / "with-secrets", tmp_path / "with-secrets", "/run/secrets/", f"{tmp_path}/")
+    content = "a b'c\"d$HOME`x`\\n=#ü\nsecond line"
+    (tmp_path / "one").write_text(content + "\n", encoding="utf-8")
+    (tmp_path / "two").write_text("2")
+    code = "import os, sys; sys.stdout.write(os.environ['ONE'] + '|' + os.environ['TWO']); sys.exit(5)"
+    done = ask(script, sys.executable, "-c", code, ONE_FILE=f"{tmp_path}/one", TWO_FILE=f"{tmp_path}/two")
+    assert (done.returncode, done.stdout) == (5, f"{content}|2"), done
+
+
+def test_with_secrets_refuses_an_empty_file(tmp_path: Path) -> None:
+    script = changed_copy(BASE / "with-secrets", tmp_path / "with-secrets", "/run/secrets/", f"{tmp_path}/")
+    (tmp_path / "empty").touch()
+    done = ask(script, "echo", "started", X_FILE=f"{tmp_path}/empty")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "missing, empty or unreadable" in done.stderr
+
+
+def test_worker_probe(tmp_path: Path) -> None:
+    """Healthy with a fresh heartbeat; not without one, and not with an old one."""
+    beat = tmp_path / "beat"
+    probe = changed_copy(
+        ROOT / "dockerfiles/airflow/worker-probe", tmp_path / "probe", "/dev/shm/celery-heartbeat", str(beat)
+    )
+    assert ask(probe).returncode == 1
+    beat.touch()
+    assert ask(probe).returncode == 0
+    old = beat.stat().st_mtime - 60
+    os.utime(beat, (old, old))
+    assert ask(probe).returncode == 1
+
+
+def test_the_worker_touches_what_its_probe_reads() -> None:
+    """Two files name the heartbeat: they name the same one."""
+    path = "/dev/shm/celery-heartbeat"
+    for name in ("worker-probe", "taskguard/preload.py"):
+        assert path in (ROOT / "dockerfiles/airflow" / name).read_text(encoding="utf-8"), name
+
+
+@pytest.fixture
+def bare_host(tmp_path: Path) -> Path:
+    """A clone with venv.sh and one lock, and a PATH that has a few commands but no python3."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "bin").mkdir()
+    shutil.copy(ROOT / "scripts/venv.sh", tmp_path / "scripts/venv.sh")
+    (tmp_path / "x.lock").write_text("# nothing\n")
+    for name in ("sh", "dirname", "tr", "cmp", "id"):
+        found = shutil.which(name)
+        assert found, name
+        (tmp_path / "bin" / name).symlink_to(found)
+    return tmp_path
+
+
+def venv(clone: Path) -> subprocess.CompletedProcess[str]:
+    words = [str(clone / "bin/sh"), "scripts/venv.sh", "x.lock"]
+    return subprocess.run(
+        words, cwd=clone, env={"PATH": str(clone / "bin")}, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_host_without_python_is_refused_unchanged(bare_host: Path) -> None:
+    done = venv(bare_host)
+    assert done.returncode == 3, done
+    assert "error[E-PYTHON]: python3 is not installed" in done.stderr
+    assert not (bare_host / "var").exists()
+
+
+def test_an_old_python_is_refused_unchanged(bare_host: Path) -> None:
+    """The first question that venv.sh asks it is its version; this one's answer is no."""
+    python = bare_host / "bin/python3"
+    python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.1"; exit 1\n')
+    python.chmod(0o755)
+    done = venv(bare_host)
+    assert done.returncode == 3, done
+    assert "Python 3.8.1 is too old" in done.stderr
+    assert not (bare_host / "var").exists()
+
+
+def test_a_current_environment_is_left_alone(bare_host: Path) -> None:
+    """No Python is even asked for: `make` calls it before every verb."""
+    (bare_host / "var/venv").mkdir(parents=True)
+    shutil.copy(bare_host / "x.lock", bare_host / "var/venv/.x.lock")
+    done = venv(bare_host)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

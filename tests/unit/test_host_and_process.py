@@ -97,7 +97,7 @@ def test_streamed_lines_come_one_by_one_with_stderr_among_them() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["trap '' TERM; sleep 3", "sleep 3 & exit 0"],
+    ["trap '' TERM; sleep 20", "sleep 20 & exit 0"],
     ids=["a child that ignores SIGTERM", "an orphan that holds the output"],
 )
 def test_a_time_out_is_a_bound(script: str) -> None:
@@ -105,16 +105,18 @@ def test_a_time_out_is_a_bound(script: str) -> None:
     started = time.monotonic()
     with pytest.raises(StackError):
         process.stream(["sh", "-c", script], timeout=0.3, on_line=lambda _: None)
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 10
 
 
 def test_a_time_out_ends_the_whole_group(tmp_path: Path) -> None:
     """A command that does not end in time is ended with its children, and the program exits 4."""
     pid_file = tmp_path / "pid"
+    started = time.monotonic()
     with pytest.raises(StackError) as error:
         process.stream(
-            ["sh", "-c", f"sleep 60 & echo $! > '{pid_file}'; echo started; wait"], timeout=1, on_line=lambda _: None
+            ["sh", "-c", f"sleep 30 & echo $! > '{pid_file}'; echo started; wait"], timeout=0.5, on_line=lambda _: None
         )
+    assert time.monotonic() - started < 10
     assert error.value.exit_code == Exit.TIMED_OUT
     grandchild = int(pid_file.read_text())
     wait_until(lambda: gone(grandchild), 5, "the grandchild's end")

@@ -56,6 +56,18 @@ def test_more_memory_never_means_less_for_a_service(memory: int, more: int, cpus
     assert large.worker_slots >= small.worker_slots
 
 
+@pytest.mark.parametrize("cpus", [0.5, 2, 16])
+def test_each_step_of_the_usual_hosts_gives_more(cpus: float) -> None:
+    """Every 16 MiB up to 72 GiB: where floors, caps and slots change hands, random sizes rarely fall."""
+    before = plan.make_plan(SIZING, SMALLEST, cpus)
+    for memory in range(SMALLEST + 16, 72 * 1024, 16):
+        made = plan.make_plan(SIZING, memory, cpus)
+        for name, limit in before.limits.items():
+            assert made.limits[name].limit >= limit.limit - 8, (memory, name)
+        assert made.worker_slots >= before.worker_slots, memory
+        before = made
+
+
 @given(memories, cpu_counts)
 def test_slots_leave_each_task_its_memory(memory: int, cpus: float) -> None:
     """Never more slots than the worker's memory carries, and each task gets what was promised."""
@@ -100,13 +112,16 @@ def test_every_limit_reaches_compose(memory: int, cpus: float) -> None:
 
 
 def test_the_figure_that_a_refusal_names_is_enough() -> None:
-    """Whoever gives what the message asks for is let in."""
-    for whole in (True, False):
-        with pytest.raises(StackError) as refused:
-            plan.make_plan(SIZING, 1024, 2, whole=whole)
-        needed = re.search(r"needs ([\d.]+) GiB", refused.value.what)
-        assert needed
-        plan.make_plan(SIZING, int(float(needed[1]) * 1024), 2, whole=whole)
+    """Whoever gives what the message asks for is let in, however the floors round."""
+    for more in range(0, 1024, 37):
+        redis = SIZING.services["redis"].model_copy(update={"floor": 96 + more, "cap": None})
+        sizing = SIZING.model_copy(update={"services": SIZING.services | {"redis": redis}})
+        for whole in (True, False):
+            with pytest.raises(StackError) as refused:
+                plan.make_plan(sizing, 1024, 2, whole=whole)
+            needed = re.search(r"needs ([\d.]+) GiB", refused.value.what)
+            assert needed
+            plan.make_plan(sizing, int(float(needed[1]) * 1024), 2, whole=whole)
 
 
 def test_docs_hold_the_table_that_the_program_makes() -> None:

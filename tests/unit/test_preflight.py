@@ -14,6 +14,7 @@ from stack.engine import Engine
 from stack.errors import Exit, StackError
 from stack.host import Host
 from stack.instance import ROOT, Instance
+from tests.support import free_ports
 
 HOST = Host(8192, 2, "x86_64", "debian", "13", root=False, systemd=True)
 ENGINE = Engine("26.1.5", "2.26.1", "0.13", 8192, 2, "/no/such/root", memory_limits=True, desktop=False)
@@ -57,7 +58,8 @@ def test_a_used_port_is_refused_and_a_free_one_is_not(listener: int) -> None:
 
 @pytest.mark.usefixtures("fake_docker")
 def test_somebody_elses_port_is_told(listener: int) -> None:
-    chosen = settings.parse(f"AIRFLOW_PORT={listener}")
+    # The default ports may be in use on this host: a stack may well run here.
+    chosen = settings.parse(f"AIRFLOW_PORT={listener}\nMLFLOW_PORT={free_ports(1)[0]}")
     (error,) = preflight.with_engine(HOST, chosen, ENGINE, to_build=False)
     assert error.code == "E-PORT"
     assert f"AIRFLOW_PORT={listener}" in error.what

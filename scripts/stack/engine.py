@@ -153,7 +153,7 @@ def ensure(host: Host, *, may_install: bool) -> Engine:
         if not installed():
             _check_may_install(host, may_install)
             install(host)
-        if not reachable() and host.root and _dockerd():
+        if may_install and not reachable() and host.root and _dockerd():
             start(host)
     return inspect()
 

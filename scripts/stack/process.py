@@ -111,7 +111,11 @@ def stream(
         code = child.wait()
     except BaseException:
         _signal_group(child, signal.SIGTERM)
-        child.wait()
+        try:
+            child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            _signal_group(child, signal.SIGKILL)
+            child.wait()
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

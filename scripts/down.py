@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     here = instance.current()
     if arguments.volumes:
-        project = settings.load(here.settings_file).stack_name
+        # What runs is what .env says; stack.env may have been given another name since.
+        prepared = here.env_file.exists()
+        project = compose.Compose(here).project if prepared else settings.load(here.settings_file).stack_name
         if not arguments.yes:
             confirm(project, compose.volumes(project))
         if not here.env_file.exists():

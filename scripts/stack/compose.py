@@ -13,7 +13,7 @@ from typing import Any
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
 from stack.plan import Plan
-from stack.process import Result, capture, stream
+from stack.process import Result, capture
 from stack.settings import Settings
 
 FILES = (
@@ -128,10 +128,6 @@ class Compose:
         """Runs Compose for what it prints."""
         return capture(self.command(*words), timeout=timeout, check=check)
 
-    def stream(self, *words: str, timeout: float) -> int:
-        """Runs Compose for a person; returns its exit code."""
-        return stream(self.command(*words), timeout=timeout)
-
     def config(self) -> dict[str, Any]:
         """The merged files, every variable resolved."""
         config: dict[str, Any] = json.loads(self.capture("config", "--format", "json").out)
@@ -218,7 +214,10 @@ def remove_project(project: str) -> None:
 def failure_report(compose: Compose) -> str:
     """Why the stack is not healthy: each container that is not good, its last probe and last lines."""
     lines = []
-    for container in failed(compose.containers()):
+    for container in compose.containers():
+        # One that still starts belongs to the report, too: it is what the wait ran out on.
+        if container.good or container.state == "created":
+            continue
         lines.append(f"{container.service}: {container.state} {container.health} (exit code {container.exit_code})")
         probe = capture(
             ["docker", "inspect", "--format", "{{json .State.Health}}", container.name], timeout=30, check=False
@@ -228,7 +227,7 @@ def failure_report(compose: Compose) -> str:
             lines += [f"  probe: {line}" for line in (log[-1]["Output"].strip().splitlines()[-3:] if log else [])]
         tail = capture(["docker", "logs", "--tail", "12", container.name], timeout=30, check=False)
         lines += [f"  log: {line}" for line in (tail.out + tail.err).strip().splitlines()[-12:]]
-    return "\n".join(lines) or "no container was created"
+    return "\n".join(lines) or "no container is in a bad state"
 
 
 def not_healthy(compose: Compose, why: str, code: Exit) -> StackError:

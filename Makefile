@@ -25,8 +25,12 @@ status: venv ## Health, memory and CPU of each service
 	@$(PYTHON) scripts/status.py
 logs: venv ## Follow the logs (S=service for one)
 	@$(PYTHON) scripts/compose.py logs --follow --tail 200 $(S)
-plan: venv ## Print the memory plan for this host (ARGS="--memory 8g --cpus 4" for another)
-	@$(PYTHON) scripts/plan.py $(ARGS)
+plan: venv ## Print the memory plan for this host (ARGS="--memory 8g --cpus 4" for another; FROM=observed)
+	@$(PYTHON) scripts/plan.py $(if $(FROM),--from $(FROM)) $(if $(filter 1,$(YES)),--yes) $(ARGS)
+memory: venv ## What each task was seen to need, and what to give it
+	@$(PYTHON) scripts/memory.py $(ARGS)
+doctor: venv ## Explain every memory kill, restart, lost worker and full disk of the last day
+	@$(PYTHON) scripts/doctor.py $(ARGS)
 password: venv ## Print the first login's password
 	@$(PYTHON) scripts/password.py
 
@@ -51,6 +55,8 @@ verify: test-venv ## Check the running stack, read-only, in under a minute
 	@$(PYTHON) -m pytest tests/stack --running -q
 test: test-venv ## Everything: static, unit, and a throwaway stack beside the running one
 	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest
+storm: venv ## Hungry tasks beside modest ones on the running stack, 20 rounds (ARGS="--rounds 1"); loads it heavily
+	@$(PYTHON) scripts/storm.py $(ARGS)
 lint: test-venv ## The static checks alone
 	@$(PYTHON) -m pytest tests/static -q
 
@@ -62,4 +68,4 @@ venv:
 test-venv:
 	@sh scripts/venv.sh $(TEST_LOCKS)
 
-.PHONY: up init down restart clean status logs plan password demo airflow shell build push lock verify test lint help venv test-venv
+.PHONY: up init down restart clean status logs plan memory doctor password demo storm airflow shell build push lock verify test lint help venv test-venv

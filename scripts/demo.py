@@ -10,32 +10,14 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
-
-from stack import instance, settings
+from stack import connect, instance, settings
 from stack.airflow import Airflow
 from stack.console import Step, say, step
-from stack.errors import Exit, StackError, run_main
+from stack.errors import Exit, run_main
 
 DAG_ID = "train_model"
 PATIENCE_S = 600
 """The run took 30 s on 2 cores; slower machines get twenty times that."""
-
-
-def connect() -> tuple[Airflow, settings.Settings]:
-    """Airflow's API with the first login of the current instance, and its settings."""
-    here = instance.current()
-    chosen = settings.load(here.settings_file)
-    try:
-        password = (here.secrets / "admin_password").read_text(encoding="utf-8").strip()
-        return Airflow(f"http://localhost:{chosen.airflow_port}", chosen.admin_user, password), chosen
-    except (OSError, httpx.HTTPError) as error:
-        raise StackError(
-            "E-NO-STACK",
-            "no running stack answers here",
-            why=f"{type(error).__name__}: {error}",
-            fix="make up, then make status",
-        ) from error
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--damage-data", action="store_true", help="spoil the data: the validation stops the run")
     arguments = parser.parse_args(argv)
-    airflow, chosen = connect()
+    airflow, chosen = connect.airflow(instance.current())
     with airflow:
         was_paused = airflow.wait_for_dag(DAG_ID)["is_paused"]
         airflow.set_paused(DAG_ID, False)

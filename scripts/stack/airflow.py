@@ -73,6 +73,10 @@ class Airflow:
         """Pauses or unpauses a DAG."""
         self.call("PATCH", f"/dags/{dag_id}", json={"is_paused": paused})
 
+    def delete_dag(self, dag_id: str) -> None:
+        """Forgets a DAG and its runs."""
+        self.call("DELETE", f"/dags/{dag_id}")
+
     def trigger(self, dag_id: str, conf: dict[str, Any] | None = None) -> str:
         """Starts a run and returns its id."""
         run = self.call("POST", f"/dags/{dag_id}/dagRuns", json={"logical_date": None, "conf": conf or {}})

@@ -48,6 +48,7 @@ def environment(
         "COMPOSE_PATH_SEPARATOR": ":",
         "COMPOSE_PROFILES": "flower" if settings.flower == "on" else "",
         "STACK_NAME": settings.stack_name,
+        "RETRY_WITH_MORE_MEMORY": settings.retry_with_more_memory,
         "SECRETS_DIR": str(instance.secrets),
         "DAGS_DIR": folder(settings.dags_dir),
         "PLUGINS_DIR": folder(settings.plugins_dir),
@@ -141,6 +142,18 @@ class Compose:
     def containers(self) -> list[Container]:
         """The containers of this project, jobs included, by service name."""
         return containers(self.project)
+
+    def container(self, service: str) -> Container:
+        """The container of a service. Raises StackError (E-NO-STACK) where there is none."""
+        for one in self.containers():
+            if one.service == service:
+                return one
+        raise StackError(
+            "E-NO-STACK",
+            f"no container of {service} is here",
+            why=f"the project {self.project} has none",
+            fix="make up, then make status",
+        )
 
 
 def containers(project: str) -> list[Container]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,3 +63,11 @@ def _finish(current: Step, mark: str, title: str) -> None:
 def say(text: str) -> None:
     """One line for people."""
     talk.print(text, markup=False)
+
+
+def confirmed(question: str) -> bool:
+    """Whether a person at a terminal says yes; without a terminal nobody does."""
+    if not sys.stdin.isatty():
+        return False
+    say(f"{question} [y/N]")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

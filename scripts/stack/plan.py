@@ -17,6 +17,8 @@ from stack.errors import StackError
 from stack.instance import ROOT
 
 MIB = 2**20
+MIN_TASK_MIB = 64
+"""A task that imports nothing took 8 to 25 MiB."""
 SIZING_FILE = ROOT / "config" / "sizing.yaml"
 
 
@@ -92,7 +94,9 @@ class Plan(_Model):
     limits: dict[str, Limit]
     worker_slots: int
     task_budget: int
-    """MiB that each slot's task can have if all slots are busy."""
+    """MiB that a task gets which asks for nothing."""
+    task_capacity: int
+    """MiB that all tasks together can have, and so the most that one can ask for."""
     apiserver_workers: int
     mlflow_workers: int
     parallelism: int
@@ -112,6 +116,8 @@ class Plan(_Model):
         postgres, redis, minio = (self.limits[name].limit for name in ("postgres", "redis", "minio"))
         return values | {
             "WORKER_CONCURRENCY": str(self.worker_slots),
+            "WORKER_TASK_MEMORY": str(self.task_budget),
+            "WORKER_TASK_CAPACITY": str(self.task_capacity),
             "AIRFLOW_PARALLELISM": str(self.parallelism),
             "APISERVER_WORKERS": str(self.apiserver_workers),
             "MLFLOW_WORKERS": str(self.mlflow_workers),
@@ -132,11 +138,21 @@ def load_sizing(path: Path = SIZING_FILE) -> Sizing:
     return Sizing.model_validate(data)
 
 
-def make_plan(sizing: Sizing, memory: int, cpus: float, *, whole: bool = False) -> Plan:
+def make_plan(
+    sizing: Sizing,
+    memory: int,
+    cpus: float,
+    *,
+    whole: bool = False,
+    worker: int | None = None,
+    task: int | None = None,
+) -> Plan:
     """The plan for `memory` MiB and `cpus` CPUs.
 
     With `whole` the memory is already the stack's own (STACK_MEMORY): nothing is kept back for the
-    host. Raises StackError (E-MEM-LOW) with the figure that is missing when the floors do not fit.
+    host. `worker` and `task` are the operator's own figures in MiB for the worker's limit and for
+    each task. Raises StackError: E-MEM-LOW with the figure that is missing when the floors do not
+    fit, E-MEM-WORKER and E-MEM-TASK when the operator's figures do not.
     """
     kept = 0 if whole else max(sizing.reserve.floor, math.ceil(memory * sizing.reserve.fraction))
     budget = memory - kept
@@ -153,12 +169,10 @@ def make_plan(sizing: Sizing, memory: int, cpus: float, *, whole: bool = False) 
             why="with less, the kernel would kill services under load: that is the WorkerLostError of the tutorials",
             fix="raise STACK_MEMORY in stack.env" if whole else "give the host (or the Docker VM) more memory",
         )
+    if worker is not None:
+        sizing = _with_worker(sizing, worker, budget)
     limits = _share(sizing, budget)
-    worker = sizing.worker
-    per_slot = worker.slot + worker.task
-    slots_by_memory = (limits["worker"] - worker.base) // per_slot
-    slots_by_cpu = math.ceil(cpus * worker.slots_per_cpu)
-    slots = max(worker.min_slots, min(slots_by_memory, slots_by_cpu, worker.max_slots))
+    slots, task_budget, capacity = _slots(sizing.worker, limits["worker"], cpus, task)
     apiserver_workers = _web_workers(sizing.apiserver, limits["apiserver"], cpus)
     mlflow_workers = _web_workers(sizing.mlflow, limits["mlflow"], cpus)
     return Plan(
@@ -170,7 +184,8 @@ def make_plan(sizing: Sizing, memory: int, cpus: float, *, whole: bool = False) 
             for name, limit in limits.items()
         },
         worker_slots=slots,
-        task_budget=(limits["worker"] - worker.base) // slots - worker.slot,
+        task_budget=task_budget,
+        task_capacity=capacity,
         apiserver_workers=apiserver_workers,
         mlflow_workers=mlflow_workers,
         # A few more than slots keep the queue from running dry; many more would wait in Redis and
@@ -180,6 +195,46 @@ def make_plan(sizing: Sizing, memory: int, cpus: float, *, whole: bool = False) 
         # psql sessions of an operator.
         postgres_connections=30 + slots + 15 * (3 + apiserver_workers) + 2 * 15 * mlflow_workers,
     )
+
+
+def _with_worker(sizing: Sizing, limit: int, budget: int) -> Sizing:
+    """The same with the worker's limit given: the others share what is left."""
+    worker = sizing.services["worker"]
+    most = budget - (sizing.floor - worker.floor)
+    if not worker.floor <= limit <= most:
+        raise StackError(
+            "E-MEM-WORKER",
+            f"WORKER_MEMORY is {limit} MiB; it can be {worker.floor} to {most} MiB here",
+            why="less is too little for two tasks, more would take from the other services what they need",
+            fix="correct WORKER_MEMORY in stack.env, or leave it empty",
+        )
+    given = worker.model_copy(update={"floor": limit, "cap": limit})
+    return sizing.model_copy(update={"services": sizing.services | {"worker": given}})
+
+
+def _slots(worker: WorkerSizing, limit: int, cpus: float, task: int | None) -> tuple[int, int, int]:
+    """Slots, MiB for each task, MiB for all tasks together."""
+    for_slots = limit - worker.base
+    most = for_slots - worker.slot
+    if task is not None and not MIN_TASK_MIB <= task <= most:
+        raise StackError(
+            "E-MEM-TASK",
+            f"TASK_MEMORY is {task} MiB; it can be {MIN_TASK_MIB} to {most} MiB here",
+            why="less is too little to start, more is not there even for a single task",
+            fix="correct TASK_MEMORY in stack.env, or leave it empty; a single large task is better given "
+            'resources={"ram": ...} in its DAG',
+        )
+    by_memory = for_slots // (worker.slot + (task or worker.task))
+    by_cpu = math.ceil(cpus * worker.slots_per_cpu)
+    least = worker.min_slots if task is None else 1
+    slots = max(least, min(by_memory, by_cpu, worker.max_slots))
+    capacity = for_slots - slots * worker.slot
+    return slots, task or capacity // slots, capacity
+
+
+def slots_for(sizing: Sizing, made: Plan, task: int) -> int:
+    """How many slots of `task` MiB a plan's worker could carry."""
+    return _slots(sizing.worker, made.limits["worker"].limit, made.cpus, max(MIN_TASK_MIB, task))[0]
 
 
 def _share(sizing: Sizing, budget: int) -> dict[str, int]:
@@ -209,7 +264,8 @@ def render(plan: Plan) -> str:
     """The plan as a table for people."""
     lines = [
         f"memory {plan.memory / 1024:.1f} GiB, {plan.cpus:g} CPUs; budget {plan.budget} MiB, planned {plan.total} MiB",
-        f"worker: {plan.worker_slots} slots, {plan.task_budget} MiB for each task when all are busy",
+        f"worker: {plan.worker_slots} slots, {plan.task_budget} MiB for each task, "
+        f"up to {plan.task_capacity} MiB for one that asks",
         f"API server: {plan.apiserver_workers} process(es); MLflow: {plan.mlflow_workers}",
         "",
         f"{'service':<16}{'limit MiB':>10}{'reserved':>10}",
@@ -237,7 +293,8 @@ def render_examples(sizing: Sizing) -> str:
         row(name.replace("_", "-"), [plan.limits[name].limit for plan in plans])
     row("**sum of limits**", [plan.total for plan in plans])
     row("worker slots", [plan.worker_slots for plan in plans])
-    row("MiB per task, all slots busy", [plan.task_budget for plan in plans])
+    row("MiB for each task", [plan.task_budget for plan in plans])
+    row("MiB for one task at the most", [plan.task_capacity for plan in plans])
     row("API server processes", [plan.apiserver_workers for plan in plans])
     row("MLflow processes", [plan.mlflow_workers for plan in plans])
     return "\n".join(rows)

@@ -32,8 +32,9 @@ def plan_for(host: Host, settings: Settings, engine: Engine | None = None) -> Pl
     """The plan for this host, or for the engine's machine where that is smaller (Docker Desktop)."""
     cpus = settings.stack_cpus or (min(host.cpus, engine.cpus) if engine else host.cpus)
     available = min(host.memory, engine.memory) if engine and engine.memory else host.memory
+    worker, task = (size and size // 2**20 for size in (settings.worker_memory, settings.task_memory))
     if settings.stack_memory is None:
-        return make_plan(load_sizing(), available, cpus)
+        return make_plan(load_sizing(), available, cpus, worker=worker, task=task)
     wanted = settings.stack_memory // 2**20
     if wanted > available:
         raise StackError(
@@ -42,7 +43,7 @@ def plan_for(host: Host, settings: Settings, engine: Engine | None = None) -> Pl
             why="the sum of all limits would exceed the host's memory, and the kernel would choose what dies",
             fix="lower STACK_MEMORY in stack.env, or leave it empty",
         )
-    return make_plan(load_sizing(), wanted, cpus, whole=True)
+    return make_plan(load_sizing(), wanted, cpus, whole=True, worker=worker, task=task)
 
 
 def before_engine(host: Host, settings: Settings, instance: Instance) -> list[StackError]:

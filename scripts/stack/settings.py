@@ -100,6 +100,19 @@ class Settings(BaseModel):
     stack_cpus: Annotated[float | None, BeforeValidator(_cpus)] = Field(
         None, title="The stack", description="CPUs to plan for. Empty: those of the host."
     )
+    worker_memory: Size = Field(
+        None,
+        title="The stack",
+        description="Memory for the Celery worker, which runs the tasks. Empty: what the others cannot use.",
+    )
+    task_memory: Size = Field(
+        None,
+        title="The stack",
+        description="Memory for each task that does not ask for more itself, such as 400m. Empty: an equal share.",
+    )
+    retry_with_more_memory: Literal["on", "off"] = Field(
+        "on", title="The stack", description="on: the retry of a task that ran out of memory gets twice as much."
+    )
     admin_user: Annotated[
         str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "letters, digits, dot, - and _ only, at most 64")
     ] = Field(

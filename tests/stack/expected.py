@@ -139,7 +139,7 @@ SERVICES = {
         50000,
         _set("backend frontend"),
         _set("broker_url celery_result_url conn_stack_logs conn_stack_data mlflow_airflow_password"),
-        _CODE | {_LOGS: True, "/tmp": True},
+        _CODE | {_LOGS: True, "/tmp": True, "/var/lib/taskguard": True},
         "WORKER_MEMORY",
     ),
 }
@@ -154,5 +154,5 @@ FLOWER = Expected(
     port="flower_port",
 )
 
-VOLUMES = _set("postgres minio redis airflow-task-logs worker-scratch mlflow-spool")
+VOLUMES = _set("postgres minio redis airflow-task-logs worker-scratch worker-ledger mlflow-spool")
 NETWORKS = _set("backend frontend")

@@ -1,1 +1,1 @@
-"""What the Celery worker needs to run tasks safely on little memory."""
+"""Memory budgets for the tasks of a Celery worker: see guard.py for how, docs/memory.md for why."""

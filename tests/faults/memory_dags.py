@@ -1,0 +1,312 @@
+"""DAGs that misuse memory on purpose: airflow's worker must survive each of them.
+
+Copied into a stack's DAG folder by tests/faults and `make storm`, and removed afterwards. One DAG a
+case, named `fault_<case>`; sizes are MiB.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.bash import BashOperator
+from airflow.sdk import Param, dag, get_current_context, task
+
+MIB = 2**20
+SECOND = timedelta(seconds=1)
+
+
+def touch(mib: int) -> bytearray:
+    """Memory that is really used."""
+    block = bytearray(mib * MIB)
+    block[::4096] = b"x" * len(block[::4096])
+    return block
+
+
+def grow(to_mib: int = 6400, step_mib: int = 16, pause_s: float = 0.05) -> int:
+    """Takes a little more, and a little more."""
+    blocks = []
+    while len(blocks) * step_mib < to_mib:
+        blocks.append(touch(step_mib))
+        time.sleep(pause_s)
+    return len(blocks)
+
+
+def hold(mib: int, seconds: float) -> None:
+    """Takes memory at once, and keeps it."""
+    block = touch(mib)
+    time.sleep(seconds)
+    assert block
+
+
+@dag(
+    dag_id="fault_storm", params={"sleepers": Param(12), "hungry": Param(4), "seconds": Param(40)}, max_active_tasks=64
+)
+def storm() -> None:
+    @task
+    def numbers(kind: str) -> list[int]:
+        return list(range(get_current_context()["params"][kind]))
+
+    @task(retries=0)
+    def modest(number: int) -> int:
+        hold(20, get_current_context()["params"]["seconds"])
+        return number
+
+    @task(retries=0)
+    def hungry(number: int) -> int:
+        return grow()
+
+    modest.expand(number=numbers.override(task_id="modest_numbers")("sleepers"))
+    hungry.expand(number=numbers.override(task_id="hungry_numbers")("hungry"))
+
+
+def case(name: str, function: Any, **words: Any) -> None:
+    """A DAG of one task."""
+
+    @dag(dag_id=f"fault_{name}")
+    def made() -> None:
+        task(task_id="it", **({"retries": 0} | words))(function)()
+
+    made()
+
+
+def children(number: int, mib: int, then: str = "time.sleep(30)") -> list[subprocess.Popen[bytes]]:
+    """Programs that take memory each, and stay."""
+    code = f"import time; block = bytearray({mib} * 2**20); block[::4096] = b'x' * len(block[::4096]); {then}"
+    return [subprocess.Popen([sys.executable, "-c", code]) for _ in range(number)]
+
+
+def big_array() -> None:
+    import numpy
+
+    numpy.ones(10 * 2**30 // 8)
+
+
+def pool_of_processes() -> None:
+    import multiprocessing
+
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.map(grow, [400] * 4)
+
+
+def pool_of_futures() -> None:
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(4) as pool:
+        list(pool.map(grow, [400] * 4))
+
+
+def joblib_workers() -> None:
+    import numpy
+    from joblib import Parallel, delayed
+
+    # A function that its workers can import; a DAG file's own ones they cannot.
+    Parallel(n_jobs=4)(delayed(numpy.full)(12 * MIB, 1.0) for _ in range(4))
+
+
+def threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(grow, [400] * 4))
+
+
+def many_idle_threads() -> int:
+    """Sixteen thread stacks reserve 128 MiB and use nearly nothing: no overrun."""
+    import threading
+
+    done = threading.Event()
+    started = [threading.Thread(target=done.wait) for _ in range(16)]
+    for one in started:
+        one.start()
+    time.sleep(2)
+    done.set()
+    return len(started)
+
+
+def shared_by_forks() -> int:
+    """100 MiB, read by four forked processes: counted once, no overrun."""
+    import multiprocessing
+
+    global _block
+    _block = touch(100)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        return sum(pool.map(_size, range(4)))
+
+
+_block = bytearray()
+
+
+def _size(_: int) -> int:
+    time.sleep(1)
+    return len(_block)
+
+
+def sits_on_it() -> None:
+    """Beyond the budget at once, and then asks for nothing more."""
+    hold(300, 120)
+
+
+def catches() -> str:
+    """Runs out, gives back what it can, and ends well."""
+    blocks = []
+    try:
+        while True:
+            blocks.append(touch(8))
+            time.sleep(0.02)
+    except MemoryError:
+        blocks.clear()
+    time.sleep(1)
+    return "recovered"
+
+
+def leaves_a_daemon() -> None:
+    """A process that nobody waits for, in a session of its own."""
+    subprocess.Popen(["setsid", "sleep", "1234"])
+    time.sleep(1)
+
+
+def large_xcom() -> str:
+    return "x" * (200 * MIB)
+
+
+def large_xcom_of_parts() -> list[str]:
+    return ["x" * MIB] * 40
+
+
+def long_line() -> None:
+    """500 MB without an end, in pieces, so that the task itself stays small."""
+    for _ in range(500):
+        print("x" * 10**6, end="")
+    print()
+
+
+def long_line_of_a_program() -> None:
+    """The same from a program that writes to the task's own output, past Python."""
+    subprocess.run(["head", "-c", "500000000", "/dev/zero"], check=False)
+
+
+def long_log_record() -> None:
+    import logging
+
+    for _ in range(20):
+        logging.getLogger("fault").warning("y" * (8 * MIB))
+
+
+def leak() -> int:
+    """What a module keeps is gone with the task's process."""
+    import builtins
+
+    kept = getattr(builtins, "_kept", [])
+    kept.append(touch(16))
+    builtins._kept = kept  # type: ignore[attr-defined]
+    return len(kept)
+
+
+def kill_parent(generations: int) -> None:
+    """Kills the pool process (1) or Celery's main process (2) above this task."""
+    pid = os.getpid()
+    for _ in range(generations):
+        with open(f"/proc/{pid}/stat") as file:
+            pid = int(file.read().rpartition(")")[2].split()[1])
+    # Its child has to end with it, though it ignores signals and nobody waits for it.
+    os.kill(pid, 9)
+    time.sleep(60)
+
+
+case("allocation", big_array)
+case("grow", grow)
+case("grow_retry", lambda: grow(300), retries=1, retry_delay=SECOND)
+case("fork_pool", pool_of_processes)
+case("futures", pool_of_futures)
+case("joblib", joblib_workers)
+case("threads", threads)
+case("idle_threads", many_idle_threads)
+case("shared", shared_by_forks)
+case("sits", sits_on_it)
+case("catches", catches)
+case("daemon", leaves_a_daemon)
+case("xcom", large_xcom, resources={"ram": 600})
+case("xcom_parts", large_xcom_of_parts, resources={"ram": 600})
+case("line", long_line)
+case("line_of_program", long_line_of_a_program)
+case("record", long_log_record)
+case("too_large", lambda: None, resources={"ram": 10**6}, retries=3)
+case("kill_pool_process", lambda: kill_parent(1), retries=1, retry_delay=SECOND)
+case("kill_main", lambda: kill_parent(2), retries=1, retry_delay=SECOND)
+
+
+@dag(dag_id="fault_bash")
+def bash() -> None:
+    BashOperator(
+        task_id="it",
+        retries=0,
+        bash_command="python3 -c 'import time\nb=[]\nwhile True: b.append(b\"x\"*2**24); time.sleep(0.05)'",
+    )
+
+
+@dag(dag_id="fault_fork_bomb")
+def fork_bomb() -> None:
+    BashOperator(task_id="it", retries=0, bash_command="f() { f | f & }; f; sleep 60")
+
+
+@dag(dag_id="fault_twice", params={"ram": Param(400)})
+def twice() -> None:
+    """A task that was given twice the default, and uses it."""
+
+    @task(retries=0, resources={"ram": 416})
+    def it() -> None:
+        hold(330, 2)
+
+    it()
+
+
+@dag(dag_id="fault_queue", max_active_tasks=64)
+def queue() -> None:
+    """Small ones, a large one, and more small ones: all get in."""
+
+    @task(retries=0)
+    def small(number: int) -> None:
+        hold(20, 5)
+
+    @task(retries=0, resources={"ram": 560})
+    def large() -> None:
+        hold(450, 2)
+
+    small.expand(number=list(range(6)))
+    large()
+
+
+@dag(dag_id="fault_leak", max_active_tasks=64)
+def leaks() -> None:
+    @task(retries=0)
+    def it(number: int) -> int:
+        return leak()
+
+    it.expand(number=list(range(200)))
+
+
+@dag(dag_id="fault_many", params={"tasks": Param(1000)}, max_active_tasks=64)
+def many() -> None:
+    @task
+    def numbers() -> list[int]:
+        return list(range(get_current_context()["params"]["tasks"]))
+
+    @task(retries=0)
+    def it(number: int) -> int:
+        return number
+
+    it.expand(number=numbers())
+
+
+storm()
+bash()
+fork_bomb()
+twice()
+queue()
+leaks()
+many()

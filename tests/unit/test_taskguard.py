@@ -1,0 +1,206 @@
+"""The guard's decisions, without a kernel and without Airflow: who is admitted, what is remembered,
+what is told."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskguard import explain, linux
+from taskguard.admission import Admission
+from taskguard.explain import Figures
+from taskguard.ledger import MAX_OVERRUNS, Instance, Ledger
+
+budgets = st.lists(st.integers(min_value=1, max_value=100), max_size=30)
+
+
+def ran(number: int = 0, *, try_number: int = 1, task: str = "it") -> Instance:
+    return Instance("dag", task, "run", number, try_number)
+
+
+@given(budgets)
+def test_what_is_granted_never_exceeds_the_capacity(wanted: list[int]) -> None:
+    """Whatever is asked for, in whatever order others leave; and in the end everyone was in."""
+    door: Admission[int] = Admission(100)
+    for number, budget in enumerate(wanted):
+        door.ask(number, budget, since=number)
+    admitted: list[int] = []
+    while door.waiting:
+        admitted += door.admit()
+        assert door.committed <= door.capacity
+        assert door.granted, "with nobody inside, the first must fit"
+        door.leave(next(iter(door.granted)))
+    assert admitted == list(range(len(wanted)))
+
+
+def test_small_ones_do_not_overtake_a_large_one() -> None:
+    """A large task at the head waits for those inside only, not for those behind it."""
+    door: Admission[str] = Admission(100)
+    door.ask("small", 30, since=1)
+    assert door.admit() == ["small"]
+    door.ask("large", 80, since=2)
+    door.ask("later", 30, since=3)
+    assert door.admit() == []
+    door.leave("small")
+    assert door.admit() == ["large"]
+    door.leave("large")
+    assert door.admit() == ["later"]
+
+
+def test_a_task_that_comes_back_keeps_its_place() -> None:
+    door: Admission[str] = Admission(100)
+    door.ask("inside", 90, since=0)
+    door.admit()
+    door.ask("newer", 50, since=5)
+    door.ask("came back", 50, since=2)
+    door.leave("inside")
+    assert door.admit() == ["came back", "newer"]
+
+
+def test_those_who_wait_do_not_block_each_other() -> None:
+    """Two that wait hold memory already; the head would never fit. The last one has to go."""
+    door: Admission[str] = Admission(100)
+    door.ask("head", 90, since=1, held=20)
+    door.ask("behind", 90, since=2, held=20)
+    assert door.admit() == []
+    assert door.in_the_way() == "behind"
+    door.leave("behind")
+    assert door.admit() == ["head"]
+
+
+def test_nobody_has_to_go_while_the_head_waits_for_those_inside() -> None:
+    door: Admission[str] = Admission(100)
+    door.ask("inside", 50, since=0)
+    door.admit()
+    door.ask("head", 90, since=1)
+    door.ask("behind", 20, since=2, held=20)
+    assert door.in_the_way() is None
+
+
+def test_the_ledger_outlives_its_process(tmp_path: Path) -> None:
+    """Runs, the highest peak and the last figures; after closing and opening again."""
+    ledger = Ledger(tmp_path / "ledger.db")
+    for peak in (100, 300, 200):
+        ledger.record(ran(), peak, 192, None, overrun=peak > 192)
+    ledger.close()
+    (row,) = Ledger(tmp_path / "ledger.db").tasks()
+    assert (row["runs"], row["peak"], row["last"], row["budget"], row["overruns"]) == (3, 300, 200, 192, 2)
+
+
+def test_a_retry_finds_what_was_too_little(tmp_path: Path) -> None:
+    """Only of the same instance, and only of earlier attempts."""
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.record_overrun(ran(1, try_number=1), 192, 200, "told")
+    assert ledger.last_overrun(ran(1, try_number=2)) == 192
+    assert ledger.last_overrun(ran(1, try_number=1)) is None
+    assert ledger.last_overrun(ran(2, try_number=2)) is None
+
+
+def test_the_ledger_stays_small(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    for number in range(MAX_OVERRUNS + 20):
+        ledger._file.execute(
+            "INSERT INTO overrun VALUES ('d', 't', 'r', ?, 1, 1, 1, ?, '')",
+            (number, number),
+        )
+    ledger.write(at_once=True)
+    kept = [row["map_index"] for row in ledger.overruns()]
+    assert len(kept) == MAX_OVERRUNS
+    assert min(kept) == 20, "the oldest go first"
+
+
+def test_a_damaged_ledger_is_put_aside(tmp_path: Path) -> None:
+    """It holds figures, not data: the worker must start without it."""
+    path = tmp_path / "ledger.db"
+    path.write_bytes(b"this is no database" * 100)
+    assert Ledger(path).tasks() == []
+    assert (tmp_path / "ledger.db.damaged").exists()
+    with pytest.raises(sqlite3.DatabaseError):
+        sqlite3.connect(tmp_path / "ledger.db.damaged").execute("SELECT * FROM task")
+
+
+def figures(**words: Any) -> Figures:
+    made: dict[str, Any] = {
+        "kind": "budget",
+        "budget": 192,
+        "source": "the plan's share of each task",
+        "peak": 201,
+        "process": "python3 (pid 7, 190 MiB)",
+        "processes": 3,
+        "at": "10:11:12 UTC",
+        "after_s": 1.25,
+        "free": 40,
+        "capacity": 976,
+        "next_budget": 384,
+    }
+    return Figures(**(made | words))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "took more memory than its budget",
+        "Budget 192 MiB (the plan's share of each task)",
+        "peak 201 MiB at 10:11:12 UTC, 1.2 s after the start",
+        "python3 (pid 7, 190 MiB) of 3 processes",
+        "40 of 976 MiB",
+        'resources={"ram": 416}',
+        "TASK_MEMORY=416m in stack.env",
+        "it gets 384 MiB",
+        "docs/memory.md#when-a-task-needs-more",
+    ],
+)
+def test_the_explanation_answers_every_question(part: str) -> None:
+    """Budget, peak, which process, when, what was free, what to set and where; in one paragraph."""
+    text = explain.paragraph(figures())
+    assert part in text
+    assert "\n" not in text
+
+
+def test_the_explanation_suggests_nothing_that_the_worker_cannot_give() -> None:
+    text = explain.paragraph(figures(budget=900, peak=950, next_budget=None))
+    assert "resources=" not in text
+    assert "at most 976 MiB" in text
+    assert "If it is retried" not in text
+
+
+@pytest.mark.parametrize("kind", ["supervisor", "processes", "log"])
+def test_more_memory_is_not_advised_where_it_would_not_help(kind: str) -> None:
+    text = explain.paragraph(figures(kind=kind, detail="17"))
+    assert "17" in text
+    assert "resources=" not in text
+
+
+def test_a_task_that_can_never_fit_is_told_both_figures() -> None:
+    text = explain.never(2000, 976)
+    assert "2000 MiB" in text
+    assert "976 MiB" in text
+
+
+def test_container_memory_in_either_layout(tmp_path: Path) -> None:
+    """cgroup v1 and v2 say the same in different files; page cache that can go does not count."""
+    new, old = tmp_path / "v2", tmp_path / "v1"
+    new.mkdir()
+    for name, text in {
+        "memory.max": "1000\n",
+        "memory.current": "700\n",
+        "memory.stat": "anon 1\ninactive_file 100\n",
+        "memory.events": "oom 3\noom_kill 2\n",
+    }.items():
+        (new / name).write_text(text)
+    (old / "memory").mkdir(parents=True)
+    for name, text in {
+        "memory.limit_in_bytes": "1000\n",
+        "memory.usage_in_bytes": "700\n",
+        "memory.stat": "inactive_file 1\ntotal_inactive_file 100\n",
+        "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
+    }.items():
+        (old / "memory" / name).write_text(text)
+    assert linux.container(new) == linux.container(old) == linux.Container(1000, 600, 2)
+    (new / "memory.max").write_text("max\n")
+    assert linux.container(new).limit > 2**60

@@ -57,6 +57,8 @@ test: test-venv ## Everything: static, unit, and a throwaway stack beside the ru
 	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest
 storm: venv ## Hungry tasks beside modest ones on the running stack, 20 rounds (ARGS="--rounds 1"); loads it heavily
 	@$(PYTHON) scripts/storm.py $(ARGS)
+faults: test-venv ## Every memory fault and the long campaigns, on a throwaway stack (about an hour)
+	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest tests/faults -m "long or not long"
 lint: test-venv ## The static checks alone
 	@$(PYTHON) -m pytest tests/static -q
 
@@ -68,4 +70,4 @@ venv:
 test-venv:
 	@sh scripts/venv.sh $(TEST_LOCKS)
 
-.PHONY: up init down restart clean status logs plan memory doctor password demo storm airflow shell build push lock verify test lint help venv test-venv
+.PHONY: up init down restart clean status logs plan memory doctor password demo storm faults airflow shell build push lock verify test lint help venv test-venv

@@ -32,6 +32,8 @@ from stack.instance import ROOT, VAR, Instance
 PROJECT = "mlstack-test"
 USER = "mlstack-test"
 MEMORY = "6g"
+WORKER_MEMORY = os.environ.get("WORKER_MEMORY", "1g")
+"""Small: the memory tests are to overrun it. Other sizes by the variable of that name."""
 LOGS = VAR / "test" / "logs"
 SCREENSHOTS = VAR / "test" / "screenshots"
 
@@ -167,7 +169,7 @@ def throwaway(request: pytest.FixtureRequest) -> Iterator[StackUnderTest]:
     clone = copy_of_the_tree()
     airflow_port, mlflow_port, flower_port = free_ports(3)
     (clone / "stack.env").write_text(
-        f"STACK_NAME={PROJECT}\nSTACK_MEMORY={MEMORY}\nAIRFLOW_PORT={airflow_port}\n"
+        f"STACK_NAME={PROJECT}\nSTACK_MEMORY={MEMORY}\nWORKER_MEMORY={WORKER_MEMORY}\nAIRFLOW_PORT={airflow_port}\n"
         f"MLFLOW_PORT={mlflow_port}\nFLOWER=on\nFLOWER_PORT={flower_port}\n"
     )
     found = StackUnderTest(clone, user=make_user(clone))

@@ -15,6 +15,7 @@ from typing import Any
 
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import Param, dag, get_current_context, task
+from airflow.sdk.definitions.retry_policy import RetryDecision, RetryPolicy
 
 MIB = 2**20
 SECOND = timedelta(seconds=1)
@@ -43,6 +44,13 @@ def hold(mib: int, seconds: float) -> None:
     assert block
 
 
+class Never(RetryPolicy):
+    """No retry. Airflow 3.3 loses `retries=0` of a mapped task and takes `default_task_retries` instead."""
+
+    def evaluate(self, exception: BaseException, try_number: int, max_tries: int, context: Any = None) -> RetryDecision:
+        return RetryDecision.fail("retries are off in this test")
+
+
 @dag(
     dag_id="fault_storm", params={"sleepers": Param(12), "hungry": Param(4), "seconds": Param(40)}, max_active_tasks=64
 )
@@ -56,7 +64,7 @@ def storm() -> None:
         hold(20, get_current_context()["params"]["seconds"])
         return number
 
-    @task(retries=0)
+    @task(retries=0, retry_policy=Never())
     def hungry(number: int) -> int:
         return grow()
 
@@ -186,8 +194,9 @@ def long_line() -> None:
 
 
 def long_line_of_a_program() -> None:
-    """The same from a program that writes to the task's own output, past Python."""
-    subprocess.run(["head", "-c", "500000000", "/dev/zero"], check=False)
+    """The same from a program that writes to the task's own output, past Python's."""
+    code = "import sys\nfor _ in range(500): sys.stdout.write('x' * 10**6)"
+    subprocess.run([sys.executable, "-c", code], check=False)
 
 
 def long_log_record() -> None:
@@ -195,6 +204,13 @@ def long_log_record() -> None:
 
     for _ in range(20):
         logging.getLogger("fault").warning("y" * (8 * MIB))
+
+
+def many_lines() -> str:
+    """60 MB in lines of a bearable length: the first part is kept, the task goes on."""
+    for number in range(600_000):
+        print(f"{number:>6} " + "z" * 92)
+    return "the end was reached"
 
 
 def leak() -> int:
@@ -234,6 +250,7 @@ case("xcom", large_xcom, resources={"ram": 600})
 case("xcom_parts", large_xcom_of_parts, resources={"ram": 600})
 case("line", long_line)
 case("line_of_program", long_line_of_a_program)
+case("lines", many_lines)
 case("record", long_log_record)
 case("too_large", lambda: None, resources={"ram": 10**6}, retries=3)
 case("kill_pool_process", lambda: kill_parent(1), retries=1, retry_delay=SECOND)

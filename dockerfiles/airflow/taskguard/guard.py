@@ -58,13 +58,15 @@ ENDING_PATIENCE_S = 60.0
 """For callbacks of a task that has failed already."""
 NEARLY_FULL = 48 * MIB
 """So little left in the container that the one who overran must go now."""
-SUPERVISOR_GROWTH = 16 * MIB
+SUPERVISOR_GROWTH = 8 * MIB
 """A pool process grows by what a task sends through it: XComs (bounded by taskguard.xcom) and lines
 of its log. Beyond this the task goes, since the pool process must not: what it holds it still writes
 to the log, escaped, in several copies (48 MiB of NUL bytes became more than 800 MiB)."""
 MAX_PROCESSES = 200
 """Of one task. A bare shell takes 0.7 MiB, two thirds of it the kernel's."""
-MAX_LOG = 64 * MIB
+MAX_LOG = 16 * MIB
+"""To read one of 100 MB the API server takes 900. taskguard.output keeps what Python writes below half
+of this; what a program writes past Python's streams meets this end."""
 WAIT_S = 100.0
 """Below task_queued_timeout (120 s): then the task gives its slot back and comes again, keeping its
 place in the queue."""
@@ -471,8 +473,13 @@ class Guard:
                 return details.get("Private_Dirty", 0)
             # It has become another program since.
             os.close(watch.details.pop(pid))
-        if watch.leader is None:
+        leader = watch.members.get(watch.leader) if watch.leader else None
+        if leader is None:
             return max(0, found.anonymous - watch.supervisor_base.anonymous)
+        if watch.members[pid].name == leader.name:
+            # Forked, and not yet heard of: what it inherited is not its own.
+            shared = linux.memory(leader.pid)
+            return max(0, found.anonymous - (shared.anonymous if shared else 0))
         return found.anonymous
 
     def _limit(self, watch: Watch, pid: int, found: Memory) -> None:

@@ -1,7 +1,8 @@
-"""Bounds on what a task writes, since the process that supervises it reads it into memory.
+"""Bounds on what a task writes, since others read it into memory.
 
-A line without an end is cut at LONGEST_LINE. The supervisor keeps a line in memory until its end
-comes, and looks through all of it at each read: 500 MB would take it hours and half a gigabyte.
+A line is cut at LONGEST_LINE: the process that supervises the task keeps a line until its end comes,
+and looks through all of it at each read; 500 MB would take it hours and half a gigabyte. A log is cut
+at LONGEST_LOG: the API server takes nine times a log's size to show it. The task itself goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any
 import structlog
 
 LONGEST_LINE = 64 * 1024
-"""Characters; nobody reads more, and the UI shows no more."""
+"""Characters; nobody reads more."""
+LONGEST_LOG = 8 * 2**20
+"""Characters. Half as much again is kept for errors, which come last and matter most."""
+FULL = f"This log has {LONGEST_LOG // 2**20} MiB; more is not kept, errors apart. The task goes on."
 
 
 def cut(text: str) -> str:
@@ -25,29 +29,44 @@ def cut(text: str) -> str:
     return f"{text[:LONGEST_LINE]} [cut here: {len(text)} characters in one line, {LONGEST_LINE} are kept]"
 
 
+class Meter:
+    """How much a process has written."""
+
+    def __init__(self) -> None:
+        self._written = 0
+
+    def room(self, size: int, *, error: bool = False) -> bool:
+        """Whether so much more may be written; says once that it is over."""
+        before = self._written
+        self._written += size
+        if before <= LONGEST_LOG < self._written and sys.__stderr__:
+            sys.__stderr__.write(FULL + "\n")
+        return self._written <= LONGEST_LOG * (1.5 if error else 1)
+
+
 class _Lines(io.TextIOBase):
     """A text stream that ends a line which has become too long, and drops the rest of it."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, meter: Meter) -> None:
         self._stream = stream
+        self._meter = meter
         self._column = 0
 
     def write(self, text: str) -> int:
         for piece in text.splitlines(keepends=True):
-            room = LONGEST_LINE - self._column
-            ends = piece.endswith("\n")
-            if len(piece) > room:
-                if room > 0:
-                    self._stream.write(piece[:room] + " [cut here: the line is too long]")
-                self._column = LONGEST_LINE
-                if ends:
-                    self._stream.write("\n")
-            else:
-                self._stream.write(piece)
-                self._column += len(piece)
-            if ends:
-                self._column = 0
+            self._write_piece(piece)
         return len(text)
+
+    def _write_piece(self, piece: str) -> None:
+        room = LONGEST_LINE - self._column
+        ends = piece.endswith("\n")
+        kept = piece
+        if len(piece) > room:
+            kept = piece[:room] + " [cut here: the line is too long]" if room > 0 else ""
+            kept += "\n" if ends else ""
+        if kept and self._meter.room(len(kept)):
+            self._stream.write(kept)
+        self._column = 0 if ends else min(LONGEST_LINE, self._column + len(piece))
 
     def writable(self) -> bool:
         return True
@@ -56,21 +75,25 @@ class _Lines(io.TextIOBase):
         return getattr(self._stream, name)
 
 
-def _cut_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """A structlog processor."""
-    for key, value in event.items():
-        if isinstance(value, str):
-            event[key] = cut(value)
-    return event
-
-
 def bound() -> None:
     """Puts the bounds in place, for this process and those that it forks."""
-    sys.stdout = _Lines(sys.stdout)
-    sys.stderr = _Lines(sys.stderr)
+    meter = Meter()
+    sys.stdout = _Lines(sys.stdout, meter)
+    sys.stderr = _Lines(sys.stderr, meter)
+
+    def cut_event(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        size = 0
+        for key, value in event.items():
+            if isinstance(value, str):
+                event[key] = cut(value)
+                size += len(event[key])
+        if not meter.room(size, error=level in ("error", "exception", "critical")):
+            raise structlog.DropEvent
+        return event
+
     # Operators log through structlog. Its loggers share this list; the last one renders, and by then
     # a message has its arguments in it.
-    structlog.get_config()["processors"].insert(-1, _cut_event)
+    structlog.get_config()["processors"].insert(-1, cut_event)
     make = logging.getLogRecordFactory()
 
     def record(*args: Any, **words: Any) -> logging.LogRecord:
@@ -82,3 +105,5 @@ def bound() -> None:
         return made
 
     logging.setLogRecordFactory(record)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda made: meter.room(len(str(made.msg)), error=made.levelno >= logging.ERROR))

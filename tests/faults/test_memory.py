@@ -1,0 +1,266 @@
+"""A hungry task fails alone, with a reason. Each case misuses memory in its own way (memory_dags.py),
+on a worker of 1 GiB; after each of them the worker must be the same one, untouched by the kernel."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scripts.storm as storm
+from stack.airflow import Airflow
+from stack.instance import ROOT
+from tests.support import StackUnderTest, wait_until
+
+WORKER = "airflow-worker"
+OUT_OF_MEMORY = "Out of memory: this task"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a DAG of one task ended."""
+
+    state: str
+    tries: int
+    logs: list[str]
+    """Of each attempt."""
+
+    @property
+    def explanation(self) -> str:
+        """What the last log says about memory, near its end: Airflow adds its own line to a kill, and a
+        child that was killed may leave its last words."""
+        told = [line for line in self.logs[-1].splitlines() if line.startswith(OUT_OF_MEMORY)]
+        assert len(told) == 1, self.logs[-1][-3000:]
+        return told[0]
+
+
+@pytest.fixture(scope="module")
+def play(stack: StackUnderTest, airflow: Airflow) -> Iterator[Callable[..., Outcome]]:
+    """Runs one case to its end."""
+    target = stack.clone / "dags" / "memory_dags.py"
+    shutil.copy(ROOT / "tests/faults/memory_dags.py", target)
+
+    def run(case: str, patience: float = 120, conf: dict[str, Any] | None = None) -> Outcome:
+        dag_id = f"fault_{case}"
+        airflow.wait_for_dag(dag_id)
+        airflow.set_paused(dag_id, False)
+        run_id = airflow.trigger(dag_id, conf)
+        state = airflow.follow(dag_id, run_id, patience=patience)
+        last = airflow.task_instances(dag_id, run_id)[-1]
+        words = {"map_index": last["map_index"]}
+        tries = range(1, last["try_number"] + 1)
+        logs = [airflow.task_log(dag_id, run_id, last["task_id"], attempt=number, **words) for number in tries]
+        return Outcome(state, last["try_number"], logs)
+
+    yield run
+    target.unlink()
+
+
+@pytest.fixture
+def unharmed(stack: StackUnderTest) -> Iterator[None]:
+    """The worker is the same one afterwards, the kernel killed nothing in it, and no process is left over."""
+    before = storm.worker_now(stack.compose)
+    yield
+    assert storm.worker_now(stack.compose) == before
+    wait_until(lambda: task_processes(stack) == [], 15, "no task process is left in the worker")
+
+
+def task_processes(stack: StackUnderTest) -> list[str]:
+    """Command lines in the worker that are neither Celery's nor the guard's."""
+    told = stack.exec(
+        WORKER,
+        "python3",
+        "-c",
+        "from taskguard import linux\n"
+        "for one in linux.processes().values():\n"
+        "    text = linux.command(one.pid)\n"
+        "    if one.parent != 0 and not one.zombie: print(one.pid, one.name, text)",
+    )
+    assert told.code == 0, told.output
+    own = ("celeryd", "airflow supervisor", "taskguard.guard", "worker-probe", "linux.processes")
+    return [line for line in told.output.splitlines() if not any(word in line for word in own)]
+
+
+# First: it brings the DAG file itself, and takes it away again.
+def test_a_short_storm(stack: StackUnderTest) -> None:
+    """`make storm`, one round, with sleepers of five seconds. The full one has 20 rounds of forty."""
+    told = stack.make("storm", "ARGS=--rounds 1 --seconds 5", timeout=600)
+    assert told.code == 0, told.output
+    assert "1 of 1 rounds good" in told.output
+
+
+@pytest.mark.parametrize(
+    ("case", "seen"),
+    [
+        ("grow", "MemoryError"),
+        ("threads", "MemoryError"),
+        ("allocation", "Unable to allocate 10.0 GiB"),
+        ("bash", "Bash command failed"),
+        ("futures", "BrokenProcessPool"),
+        ("joblib", "Error"),
+        ("fork_pool", ""),
+        ("sits", ""),
+    ],
+)
+@pytest.mark.usefixtures("unharmed")
+def test_an_overrun_ends_that_task_with_a_reason(play: Callable[..., Outcome], case: str, seen: str) -> None:
+    """Python itself, threads, a program, three kinds of process pools; one that asks for nothing more."""
+    ended = play(case)
+    assert ended.state == "failed"
+    assert seen in ended.logs[0]
+    for part in ("Budget ", "peak ", "largest process", "free for tasks", "resources=", "stack.env"):
+        assert part in ended.explanation
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [("fork_bomb", "processes"), ("line_of_program", "the process that supervises it grew")],
+)
+@pytest.mark.usefixtures("unharmed")
+def test_other_ways_to_take_the_worker_down(play: Callable[..., Outcome], case: str, told: str) -> None:
+    """A fork bomb; 500 MB without a line's end, written past Python."""
+    ended = play(case)
+    assert ended.state == "failed"
+    assert told in ended.explanation
+
+
+@pytest.mark.parametrize(
+    ("case", "seen"),
+    [
+        ("idle_threads", "Returned value was: 16"),
+        ("shared", "Returned value was"),
+        ("catches", "Returned value was: recovered"),
+        ("daemon", "Done"),
+        ("line", "cut here"),
+        ("record", "cut here"),
+        ("lines", "more is not kept"),
+        ("twice", "Memory budget: 416 MiB (from its resources)"),
+    ],
+)
+@pytest.mark.usefixtures("unharmed")
+def test_what_is_within_the_budget_succeeds(play: Callable[..., Outcome], case: str, seen: str) -> None:
+    """Reserved but unused memory, memory shared by forks, a caught MemoryError, endless lines of
+    Python's; and a task that asks for twice the default gets it."""
+    ended = play(case)
+    assert ended.state == "success", ended.logs
+    assert seen in ended.logs[-1]
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_large_results_are_refused_where_they_are_made(play: Callable[..., Outcome]) -> None:
+    """An XCom passes through the worker, the API server and the database."""
+    ended = play("xcom_parts")
+    assert ended.state == "failed"
+    assert "XComTooLargeError: this XCom has 40.0 MiB" in ended.logs[-1]
+    assert play("xcom").state == "failed"
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_retry_gets_more(play: Callable[..., Outcome]) -> None:
+    """The log says so, and the second attempt ends well."""
+    ended = play("grow_retry")
+    assert (ended.state, ended.tries) == ("success", 2)
+    assert OUT_OF_MEMORY in ended.logs[0]
+    assert "were too little before; this time the budget is" in ended.logs[1]
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_more_than_the_worker_has_fails_at_once(play: Callable[..., Outcome]) -> None:
+    """Though it has retries: they would not help."""
+    ended = play("too_large")
+    assert (ended.state, ended.tries) == ("failed", 1)
+    assert "asks for 1000000 MiB" in ended.logs[-1]
+    assert "can give at most" in ended.logs[-1]
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_large_task_waits_and_gets_in(play: Callable[..., Outcome], airflow: Airflow) -> None:
+    """Six small ones and one that needs nearly the whole worker: it waits, visibly, and all succeed."""
+    ended = play("queue")
+    assert ended.state == "success"
+    (run,) = airflow.call("GET", "/dags/fault_queue/dagRuns", params={"order_by": "-start_date", "limit": 1})[
+        "dag_runs"
+    ]
+    logs = [
+        airflow.task_log("fault_queue", run["dag_run_id"], one["task_id"], map_index=one["map_index"])
+        for one in airflow.task_instances("fault_queue", run["dag_run_id"])
+    ]
+    assert any("Waiting for memory: this task needs" in log for log in logs)
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_the_guard_comes_back(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
+    """Killed, it is started again, and the next hungry task is ended as before."""
+    find = (
+        "from taskguard import linux\n"
+        "print([p for p in linux.processes() if linux.command(p).endswith('-m taskguard.guard')])"
+    )
+    first = stack.exec(WORKER, "python3", "-c", find).output.strip()
+    killed = stack.exec(WORKER, "bash", "-c", f"kill -9 {first.strip('[]')}")
+    assert killed.code == 0, killed.output
+    wait_until(lambda: stack.exec(WORKER, "python3", "-c", find).output.strip() not in (first, "[]"), 30, "a new guard")
+    assert OUT_OF_MEMORY in play("grow").logs[0]
+
+
+def test_a_lost_pool_process_costs_one_attempt(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
+    """Its task ends with it, at once, and is retried; the worker stays. `make doctor` explains it."""
+    before = storm.worker_now(stack.compose)
+    ended = play("kill_pool_process", patience=240)
+    assert ended.tries == 2
+    wait_until(lambda: task_processes(stack) == [], 15, "no task process is left in the worker")
+    assert storm.worker_now(stack.compose) == before
+    told = stack.make("doctor")
+    assert "WorkerLostError: a pool process ended while it supervised a task" in told.output
+    assert "task fault_grow.it: this task was ended because it took more memory than its budget" in told.output
+
+
+def test_what_was_learned(stack: StackUnderTest) -> None:
+    """`make memory` has the peak of each task, what to write into its DAG, and how many slots would fit."""
+    told = stack.make("memory")
+    assert told.code == 0, told.output
+    (line,) = [line for line in told.output.splitlines() if "fault_bash.it" in line]
+    assert "resources={" in line
+    assert "slots of that size" in told.output
+    planned = stack.make("plan", "FROM=observed")
+    assert "+TASK_MEMORY=" in planned.output
+    assert "E-CONFIRM" in planned.output
+    assert "TASK_MEMORY" not in Path(stack.instance.settings_file).read_text()
+
+
+@pytest.mark.long
+def test_a_lost_worker_comes_back(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
+    """Celery's main process killed: the container restarts, and its task is retried after the heartbeat
+    timeout of three minutes."""
+    ended = play("kill_main", patience=600)
+    assert ended.tries == 2
+    wait_until(lambda: stack.inspect(WORKER)["State"]["Health"]["Status"] == "healthy", 120, "a healthy worker")
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("unharmed")
+def test_leaks_end_with_their_task(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
+    """200 tasks that each keep 16 MiB in a module: the worker's own memory stays what it was."""
+    idle = container_used(stack)
+    assert play("leak", patience=900).state == "success"
+    assert container_used(stack) < idle * 1.1
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("unharmed")
+def test_ten_thousand_small_tasks_leave_nothing_behind(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
+    """The worker's idle memory afterwards is within a tenth of before. Warmed up by 100 tasks first."""
+    assert play("many", patience=300, conf={"tasks": 100}).state == "success"
+    idle = container_used(stack)
+    for _ in range(10):
+        assert play("many", patience=1800, conf={"tasks": 1000}).state == "success"
+    assert container_used(stack) < idle * 1.1
+
+
+def container_used(stack: StackUnderTest) -> int:
+    """Bytes that the worker's container cannot give back."""
+    told = stack.exec(WORKER, "python3", "-c", "from taskguard import linux; print(linux.container().used)")
+    return int(told.output)

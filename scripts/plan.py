@@ -1,6 +1,7 @@
 """make plan: prints the memory plan for this host without writing it.
 
-`--memory 8g --cpus 4` plans for another host; `--examples` prints the table of docs/memory.md.
+`--memory 8g --cpus 4` plans for another host; `--examples` prints the table of docs/memory.md,
+`--picture` its picture (SVG).
 `--from observed` plans with what the tasks were seen to need (make memory), shows what would change,
 and writes TASK_MEMORY into stack.env after a yes (unattended: --yes). Otherwise nothing is changed.
 Exit: 0 done, 3 the stack does not fit, or nobody said yes.
@@ -13,7 +14,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from stack import console, host, instance, observed, plan, preflight, settings
+from stack import console, host, instance, observed, picture, plan, preflight, settings
 from stack.compose import Compose
 from stack.errors import Exit, StackError, run_main
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--memory", type=settings.parse_size, help="the host's memory, such as 8g")
     parser.add_argument("--cpus", type=float, help="the host's CPUs")
     parser.add_argument("--examples", action="store_true", help="a table for several hosts, as Markdown")
+    parser.add_argument("--picture", action="store_true", help="the same as a picture (SVG)")
     parser.add_argument(
         "--from", dest="source", choices=["observed"], help="plan with what the tasks were seen to need"
     )
@@ -33,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
     sizing = plan.load_sizing()
     if arguments.source:
         return take_over(instance.current(), yes=arguments.yes)
-    if arguments.examples:
-        print(plan.render_examples(sizing))
+    if arguments.examples or arguments.picture:
+        print(picture.render(sizing) if arguments.picture else plan.render_examples(sizing))
         return 0
     if arguments.memory or arguments.cpus:
         memory = arguments.memory // plan.MIB if arguments.memory else host.read().memory

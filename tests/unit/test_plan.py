@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stack import plan
+from stack import picture, plan
 from stack.errors import StackError
 from stack.instance import ROOT
 
@@ -130,6 +130,14 @@ def test_docs_hold_the_table_that_the_program_makes() -> None:
     text = (ROOT / "docs/memory.md").read_text()
     shown = text.split("<!-- plan-table -->")[1].split("<!-- /plan-table -->")[0].strip()
     assert shown == plan.render_examples(SIZING)
+
+
+def test_the_picture_is_the_plan() -> None:
+    """docs/memory.svg is what the program draws, and each bar is a whole host."""
+    drawn = (ROOT / "docs/memory.svg").read_text()
+    assert drawn.strip() == picture.render(SIZING)
+    for memory, cpus in plan.EXAMPLE_HOSTS:
+        assert sum(picture.pieces(plan.make_plan(SIZING, memory * 1024, cpus)).values()) == memory * 1024
 
 
 def test_the_same_host_gives_the_same_plan() -> None:

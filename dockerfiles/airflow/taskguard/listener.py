@@ -7,6 +7,7 @@ API: the listener hooks, BaseOperator's `resources` and `pre_execute`, and Airfl
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -57,6 +58,8 @@ def on_starting(component: object) -> None:
     if not _is_task(component):
         return
     parent = os.getppid()
+    # What is inherited is not looked through by this process's collector, and so not copied.
+    gc.freeze()
     linux.die_with_parent(parent)
     linux.adopt_orphans()
     linux.set_oom_score(TASK_SCORE)

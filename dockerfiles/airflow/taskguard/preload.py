@@ -100,7 +100,8 @@ def beat(**_: object) -> None:
 
 @worker_process_init.connect
 def enter_pool(**_: object) -> None:
-    """In each new pool process."""
+    """In each new pool process. Celery has thawed the collector in the meantime."""
+    gc.freeze()
     with contextlib.suppress(OSError):
         linux.set_oom_score(POOL_PROCESS_SCORE)
 

@@ -55,8 +55,9 @@ class Airflow:
         deadline = time.monotonic() + patience
         while True:
             answer = self._http.get(f"/api/v2/dags/{dag_id}")
-            if answer.status_code == 200:
-                found: dict[str, Any] = answer.json()
+            found: dict[str, Any] = answer.json() if answer.status_code == 200 else {"is_stale": True}
+            # Stale: its file was gone, and is not read again yet.
+            if not found["is_stale"]:
                 return found
             if time.monotonic() > deadline:
                 raise StackError(

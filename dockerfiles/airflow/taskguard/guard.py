@@ -47,6 +47,9 @@ SLACK = 128 * MIB
 allocators reserve more than they touch (8 MiB a thread, 64 MiB an arena)."""
 FASTEST_S, SLOWEST_S = 0.05, 0.4
 """Between two looks, while a task grows and while none does."""
+FIRST_S = 0.15
+"""After a task's start; most small ones are over by then."""
+IDLE_S = 60.0
 GROWTH = 4 * MIB
 """More than this since the last look is growing."""
 PATIENCE_S = 5.0
@@ -151,26 +154,24 @@ class Guard:
         self._server = protocol.listen()
         self._selector.register(self._server, selectors.EVENT_READ, self._accept)
         self._sweep_at: float | None = None
+        self._due = 0.0
 
     # --- the loop
 
     def run(self) -> None:
         """Works until its parent is gone."""
         log.info("guarding: %s MiB for tasks, %s MiB for each by default", self.admission.capacity, self.default)
-        due = time.monotonic()
         while os.getppid() == self.main:
             busy = bool(self.watches) or self._sweep_at is not None
-            wait = max(0.0, due - time.monotonic()) if busy else 60.0
+            idle = Ledger.COMMIT_S if self.ledger.pending else IDLE_S
+            wait = max(0.0, self._due - time.monotonic()) if busy else idle
             for key, _ in self._selector.select(wait):
                 key.data(key.fileobj)
-            if time.monotonic() >= due:
+            if time.monotonic() >= self._due:
                 if busy:
                     self._look()
-                self.ledger.write()
-                due = time.monotonic() + self.interval
-            else:
-                # News: look soon.
-                due = min(due, time.monotonic() + FASTEST_S)
+                self.ledger.write(at_once=not busy)
+                self._due = time.monotonic() + self.interval
         self.ledger.close()
 
     def _accept(self, server: socket.socket) -> None:
@@ -287,6 +288,7 @@ class Guard:
         watch.base = linux.memory(pid) or Memory(0, 0, 0)
         watch.first_hwm = linux.status(pid, "VmHWM")
         watch.first_file = linux.status(pid, "RssFile")
+        self._due = min(self._due, time.monotonic() + FIRST_S)
         self._on_exit(pid, lambda: self._leader_gone(watch))
         with contextlib.suppress(OSError, ValueError):
             resource.prlimit(pid, resource.RLIMIT_NPROC, (self.max_user_processes, resource.RLIM_INFINITY))

@@ -110,10 +110,15 @@ class Ledger:
         ).fetchone()
         return None if row[0] is None else int(row[0])
 
+    @property
+    def pending(self) -> bool:
+        """Whether something is not committed yet."""
+        return self._file.in_transaction
+
     def write(self, *, at_once: bool = False) -> None:
         """Commits what is due, and keeps the file small."""
         now = time.monotonic()
-        if not self._file.in_transaction or (not at_once and now - self._written < self.COMMIT_S):
+        if not self.pending or (not at_once and now - self._written < self.COMMIT_S):
             return
         for table, order, most in (("task", "seen", MAX_TASKS), ("overrun", "at", MAX_OVERRUNS)):
             (count,) = self._file.execute(f"SELECT count(*) FROM {table}").fetchone()

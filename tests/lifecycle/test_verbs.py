@@ -80,7 +80,8 @@ class TestProbesSeeOutages:
         """With Postgres frozen the probe fails within its time-out; thawed, it is well again."""
         assert stack.exec(service, *words).code == 0
         postgres = stack.container("postgres")
-        run("docker", "pause", postgres)
+        # On a busy host the kernel may need more than one attempt to freeze all of its processes.
+        wait_until(lambda: run("docker", "pause", postgres).code == 0, 30, "Postgres frozen")
         try:
             seen = stack.exec(service, "timeout", "10", *words)
             assert seen.code != 0, seen

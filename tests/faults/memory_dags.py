@@ -156,7 +156,7 @@ def _size(_: int) -> int:
 
 def sits_on_it() -> None:
     """Beyond the budget at once, and then asks for nothing more."""
-    hold(300, 120)
+    hold(380, 120)
 
 
 def catches() -> str:
@@ -236,7 +236,7 @@ def kill_parent(generations: int) -> None:
 
 case("allocation", big_array)
 case("grow", grow)
-case("grow_retry", lambda: grow(300), retries=1, retry_delay=SECOND)
+case("grow_retry", lambda: grow(400), retries=1, retry_delay=SECOND)
 case("fork_pool", pool_of_processes)
 case("futures", pool_of_futures)
 case("joblib", joblib_workers)
@@ -271,13 +271,13 @@ def fork_bomb() -> None:
     BashOperator(task_id="it", retries=0, bash_command="f() { f | f & }; f; sleep 60")
 
 
-@dag(dag_id="fault_twice", params={"ram": Param(400)})
+@dag(dag_id="fault_twice")
 def twice() -> None:
     """A task that was given twice the default, and uses it."""
 
-    @task(retries=0, resources={"ram": 416})
+    @task(retries=0, resources={"ram": 608})
     def it() -> None:
-        hold(330, 2)
+        hold(500, 2)
 
     it()
 

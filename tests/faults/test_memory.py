@@ -138,7 +138,7 @@ def test_other_ways_to_take_the_worker_down(play: Callable[..., Outcome], case: 
         ("line", "cut here"),
         ("record", "cut here"),
         ("lines", "more is not kept"),
-        ("twice", "Memory budget: 416 MiB (from its resources)"),
+        ("twice", "Memory budget: 608 MiB (from its resources)"),
     ],
 )
 @pytest.mark.usefixtures("unharmed")

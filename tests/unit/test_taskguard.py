@@ -162,6 +162,11 @@ def test_the_explanation_answers_every_question(part: str) -> None:
     assert "\n" not in text
 
 
+def test_the_explanation_suggests_what_there_is() -> None:
+    """Twice as much is not there, but enough is."""
+    assert 'resources={"ram": 976}' in explain.paragraph(figures(budget=600, peak=610))
+
+
 def test_the_explanation_suggests_nothing_that_the_worker_cannot_give() -> None:
     text = explain.paragraph(figures(budget=900, peak=950, next_budget=None))
     assert "resources=" not in text

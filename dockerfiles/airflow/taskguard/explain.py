@@ -62,7 +62,10 @@ def paragraph(figures: Figures) -> str:
     )
     if f.kind in _FIX:
         return text + f"{_FIX[f.kind]} {MORE}"
-    wanted = suggestion(max(f.peak, f.budget) * 2)
+    most = max(f.peak, f.budget)
+    wanted = suggestion(most * 2)
+    if wanted > f.capacity >= most * 1.25:
+        wanted = f.capacity
     if wanted <= f.capacity:
         text += (
             f'To give this task more: resources={{"ram": {wanted}}} on its operator; '

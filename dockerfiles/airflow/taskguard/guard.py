@@ -340,6 +340,10 @@ class Guard:
         """Lets in who fits, and sends away who has waited long enough or stands in the way."""
         for supervisor in self.admission.admit():
             watch = self.watches[supervisor]
+            found = linux.memory(watch.leader) if watch.leader else None
+            if watch.leader and found:
+                # Before it begins: its first request may be for all of it.
+                self._limit(watch, watch.leader, found)
             self._reply(
                 supervisor,
                 {"granted": watch.budget, "source": watch.source, "notes": (notes or {}).get(supervisor, [])},

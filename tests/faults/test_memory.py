@@ -193,6 +193,21 @@ def test_a_large_task_waits_and_gets_in(play: Callable[..., Outcome], airflow: A
 
 
 @pytest.mark.usefixtures("unharmed")
+def test_the_guard_keeps_nothing_open(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
+    """It lives as long as the worker: a descriptor left open by each task would end it one day."""
+    count = (
+        "import os\nfrom taskguard import linux\n"
+        "(pid,) = [p for p in linux.processes() if linux.command(p).endswith('-m taskguard.guard')]\n"
+        "print(len(os.listdir(f'/proc/{pid}/fd')))"
+    )
+    before = int(stack.exec(WORKER, "python3", "-c", count).output)
+    assert play("many", conf={"tasks": 20}).state == "success"
+    wait_until(
+        lambda: int(stack.exec(WORKER, "python3", "-c", count).output) <= before, 15, f"at most {before} open files"
+    )
+
+
+@pytest.mark.usefixtures("unharmed")
 def test_the_guard_comes_back(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
     """Killed, it is started again, and the next hungry task is ended as before."""
     find = (

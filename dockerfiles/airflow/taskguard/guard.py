@@ -29,6 +29,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -122,6 +123,8 @@ class Watch:
     """It said itself that it ends."""
     left_at: float | None = None
     oom_kills: int = 0
+    forget: Callable[[], None] = lambda: None
+    """Stops waiting for the pool process's end."""
 
     @property
     def name(self) -> str:
@@ -251,20 +254,29 @@ class Guard:
             pid = found.parent
         return None
 
-    def _on_exit(self, pid: int, act: Any) -> None:
-        """Calls `act` once, when a process ends."""
+    def _on_exit(self, pid: int, act: Callable[[], None]) -> Callable[[], None]:
+        """Calls `act` once, when a process ends. Returns what forgets it: pool processes live long, and
+        each of their tasks would leave a descriptor open."""
         try:
             descriptor = os.pidfd_open(pid)
         except OSError:
             act()
-            return
+            return lambda: None
+        watching = True
+
+        def forget() -> None:
+            nonlocal watching
+            if watching:
+                watching = False
+                self._selector.unregister(descriptor)
+                os.close(descriptor)
 
         def ended(_: Any) -> None:
-            self._selector.unregister(descriptor)
-            os.close(descriptor)
+            forget()
             act()
 
         self._selector.register(descriptor, selectors.EVENT_READ, ended)
+        return forget
 
     # --- a task's life
 
@@ -278,7 +290,7 @@ class Guard:
         if message.get("log"):
             watch.log = Path(message["log"])
         self.watches[pid] = watch
-        self._on_exit(pid, lambda: self._supervisor_gone(watch))
+        watch.forget = self._on_exit(pid, lambda: self._supervisor_gone(watch))
         return watch
 
     def _start(self, watch: Watch, pid: int, message: dict[str, Any]) -> dict[str, Any]:
@@ -403,6 +415,7 @@ class Guard:
     def _drop(self, pid: int) -> None:
         watch = self.watches.pop(pid, None)
         if watch:
+            watch.forget()
             watch.close()
             self.links.pop(pid, None)
             self.admission.leave(pid)

@@ -11,6 +11,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -77,8 +78,13 @@ def on_starting(component: object) -> None:
 
 
 def _forked() -> None:
-    """In a Python process that the task forked: lets the guard see what it does not share."""
+    """In a Python process that the task forked: lets the guard see what it does not share, and makes it
+    end when asked to."""
     global _link
+    # It inherits the task runner's handler, which ignores SIGTERM in any process but its own: the end of
+    # a multiprocessing.Pool would wait for it for ever.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if _link is not None:
         _link.close()
         _link = None

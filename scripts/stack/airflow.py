@@ -90,8 +90,13 @@ class Airflow:
     def task_instances(self, dag_id: str, run_id: str) -> list[dict[str, Any]]:
         """A run's task instances, mapped ones included."""
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances"
-        found: list[dict[str, Any]] = self.call("GET", path, params={"limit": 1000})["task_instances"]
-        return found
+        found: list[dict[str, Any]] = []
+        while True:
+            # A page has at most `[api] maximum_page_limit` entries, 100 by default.
+            page = self.call("GET", path, params={"limit": 100, "offset": len(found)})
+            found += page["task_instances"]
+            if len(found) >= page["total_entries"] or not page["task_instances"]:
+                return found
 
     def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
         """What a task returned."""
@@ -110,17 +115,19 @@ class Airflow:
         run_id: str,
         *,
         patience: float,
-        on_progress: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+        on_progress: Callable[[list[dict[str, Any]]], None] | None = None,
     ) -> str:
-        """Waits for a run's end and returns its state. Raises StackError after `patience` seconds."""
+        """Waits for a run's end and returns its state; `on_progress` gets its task instances each second.
+        Raises StackError after `patience` seconds."""
         deadline = time.monotonic() + patience
         while True:
             state = self.run_state(dag_id, run_id)
-            instances = self.task_instances(dag_id, run_id)
-            on_progress(instances)
+            if on_progress:
+                on_progress(self.task_instances(dag_id, run_id))
             if state in FINISHED:
                 return state
             if time.monotonic() > deadline:
+                instances = self.task_instances(dag_id, run_id)
                 now = {f"{one['task_id']}[{one['map_index']}]": one["state"] for one in instances}
                 raise StackError(
                     "E-RUN-TIMEOUT",

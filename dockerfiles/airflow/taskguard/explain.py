@@ -54,9 +54,11 @@ def paragraph(figures: Figures) -> str:
     """The explanation that a task's log ends with."""
     f = figures
     several = f" of {f.processes} processes" if f.processes > 1 else ""
+    # The kernel is quicker than the guard's looks.
+    peak = "last seen at" if f.kind == "kernel" else "peak"
     text = (
         f"Out of memory: {_WHAT[f.kind].format(detail=f.detail)}. "
-        f"Budget {f.budget} MiB ({f.source}); peak {f.peak} MiB at {f.at}, {f.after_s:.1f} s after the start; "
+        f"Budget {f.budget} MiB ({f.source}); {peak} {f.peak} MiB at {f.at}, {f.after_s:.1f} s after the start; "
         f"largest process: {f.process}{several}. "
         f"Then free for tasks in this worker: {f.free} of {f.capacity} MiB. "
     )

@@ -1,0 +1,84 @@
+"""What taskguard relies on without a public promise, each by its name: a new Airflow that changes one
+of these is noticed here first, not in a task that went unwatched."""
+
+from __future__ import annotations
+
+from tests.support import StackUnderTest
+
+WORKER = "airflow-worker"
+
+
+def in_worker(stack: StackUnderTest, code: str) -> None:
+    """Runs assertions in the worker's image."""
+    told = stack.python(WORKER, code)
+    assert told.code == 0, told.output
+
+
+def test_the_task_runner_announces_itself_with_a_marker(stack: StackUnderTest) -> None:
+    """listener.on_starting knows a task's process by that class's name: it runs for other processes too."""
+    in_worker(
+        stack,
+        "import inspect\n"
+        "from airflow.sdk.execution_time import task_runner\n"
+        "from taskguard import listener\n"
+        "assert listener._is_task(task_runner.TaskRunnerMarker())\n"
+        "assert not listener._is_task(object())\n"
+        "text = inspect.getsource(task_runner)\n"
+        "for hook in ('on_starting', 'before_stopping'):\n"
+        "    assert f'hook.{hook}(component=TaskRunnerMarker())' in text, hook\n",
+    )
+
+
+def test_celery_is_given_the_workload_as_json(stack: StackUnderTest) -> None:
+    """preload.supervise reads the instance's name and its log's path from it."""
+    in_worker(
+        stack,
+        "import inspect\n"
+        "from airflow.executors.workloads import ExecuteTask\n"
+        "from airflow.providers.celery.executors.celery_executor_utils import execute_workload\n"
+        "assert list(inspect.signature(execute_workload.run).parameters) == ['input']\n"
+        "assert {'ti', 'log_path'} <= set(ExecuteTask.model_fields)\n"
+        "names = {'dag_id', 'task_id', 'run_id', 'map_index', 'try_number'}\n"
+        "assert names <= set(ExecuteTask.model_fields['ti'].annotation.model_fields)\n",
+    )
+
+
+def test_structlogs_loggers_share_one_list_of_processors(stack: StackUnderTest) -> None:
+    """output.bound cuts what loggers write that were made before it: it changes that list in place."""
+    in_worker(
+        stack,
+        "import io, structlog\n"
+        "from airflow.sdk.log import configure_logging\n"
+        "buffer = io.BytesIO()\n"
+        "configure_logging(json_output=True, output=buffer, sending_to_supervisor=True)\n"
+        "early = structlog.get_logger('early').bind()\n"
+        "from taskguard import output\n"
+        "output.bound()\n"
+        "early.info('y' * 10**6)\n"
+        "written = buffer.getvalue()\n"
+        "assert b'cut here' in written and len(written) < 2 * output.LONGEST_LINE, written[:300]\n",
+    )
+
+
+def test_the_context_of_a_tasks_log_names_the_instance(stack: StackUnderTest) -> None:
+    """listener.on_starting asks for its budget under that name, before the DAG is read."""
+    in_worker(
+        stack,
+        "import inspect\n"
+        "from airflow.sdk.execution_time import task_runner\n"
+        "text = inspect.getsource(task_runner)\n"
+        "assert 'bind_contextvars' in text\n"
+        "for name in ('dag_id', 'task_id', 'run_id', 'map_index', 'try_number'):\n"
+        "    assert f'{name}=' in text, name\n",
+    )
+
+
+def test_an_operators_resources_reach_the_task(stack: StackUnderTest) -> None:
+    """resources={'ram': MB} is public; that it ends up in `resources.ram.qty` is not written anywhere."""
+    in_worker(
+        stack,
+        "from airflow.providers.standard.operators.empty import EmptyOperator\n"
+        "made = EmptyOperator(task_id='a', resources={'ram': 700})\n"
+        "assert made.resources.ram.qty == 700\n"
+        "assert EmptyOperator(task_id='b').resources is None\n",
+    )

@@ -1,12 +1,13 @@
 """DAGs that misuse memory on purpose: airflow's worker must survive each of them.
 
 Copied into a stack's DAG folder by tests/faults and `make storm`, and removed afterwards. One DAG a
-case, named `fault_<case>`; sizes are MiB.
+case, named `fault_<case>`; sizes are MiB, and follow the worker's plan where they must.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,10 @@ from airflow.sdk.definitions.retry_policy import RetryDecision, RetryPolicy
 
 MIB = 2**20
 SECOND = timedelta(seconds=1)
+BUDGET = int(os.environ.get("AIRFLOW__OPERATORS__DEFAULT_RAM", "300"))
+"""Of a task that asks for nothing. Right in the worker, which is where it counts."""
+CAPACITY = int(os.environ.get("TASKGUARD_CAPACITY", "600"))
+"""Of all tasks together."""
 
 
 def touch(mib: int) -> bytearray:
@@ -146,6 +151,16 @@ def shared_by_forks() -> int:
         return sum(pool.map(_size, range(4)))
 
 
+def pool_that_is_left() -> str:
+    """The end of the `with` sends SIGTERM to processes that sleep, and waits for them."""
+    import multiprocessing
+
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map_async(time.sleep, [600, 600])
+        time.sleep(1)
+    return "left"
+
+
 _block = bytearray()
 
 
@@ -155,8 +170,8 @@ def _size(_: int) -> int:
 
 
 def sits_on_it() -> None:
-    """Beyond the budget at once, and then asks for nothing more."""
-    hold(380, 120)
+    """Beyond the budget at once, by less than a task may reserve, and then asks for nothing more."""
+    hold(BUDGET + 76, 120)
 
 
 def catches() -> str:
@@ -234,15 +249,44 @@ def kill_parent(generations: int) -> None:
     time.sleep(60)
 
 
+def escapes() -> None:
+    """Stops the guard, lifts its own limit and takes all there is: the kernel has to end it. The guard
+    goes on at that moment, and tells whose end it was."""
+    import resource
+
+    from taskguard import linux
+
+    (guard,) = [pid for pid in linux.processes() if linux.command(pid).endswith("-m taskguard.guard")]
+    leader = os.getpid()
+    if os.fork() == 0:
+        try:
+            while os.getppid() == leader:
+                time.sleep(0.001)
+        finally:
+            os.kill(guard, signal.SIGCONT)
+            os._exit(0)
+    os.kill(guard, signal.SIGSTOP)
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    grow(20_000, step_mib=64, pause_s=0)
+
+
+def stops_its_supervisor() -> None:
+    """The pool process above hangs, as one that waits for a dead disk does, and this task ends without
+    telling it."""
+    os.kill(os.getppid(), signal.SIGSTOP)
+    os._exit(0)
+
+
 case("allocation", big_array)
 case("grow", grow)
-case("grow_retry", lambda: grow(400), retries=1, retry_delay=SECOND)
+case("grow_retry", lambda: grow(BUDGET + 96), retries=1, retry_delay=SECOND)
 case("fork_pool", pool_of_processes)
 case("futures", pool_of_futures)
 case("joblib", joblib_workers)
 case("threads", threads)
 case("idle_threads", many_idle_threads)
 case("shared", shared_by_forks)
+case("pool_left", pool_that_is_left)
 case("sits", sits_on_it)
 case("catches", catches)
 case("daemon", leaves_a_daemon)
@@ -254,6 +298,8 @@ case("lines", many_lines)
 case("record", long_log_record)
 case("too_large", lambda: None, resources={"ram": 10**6}, retries=3)
 case("kill_pool_process", lambda: kill_parent(1), retries=1, retry_delay=SECOND)
+case("escapes", escapes)
+case("stops_its_supervisor", stops_its_supervisor, retries=1, retry_delay=SECOND)
 case("kill_main", lambda: kill_parent(2), retries=1, retry_delay=SECOND)
 
 
@@ -275,9 +321,9 @@ def fork_bomb() -> None:
 def twice() -> None:
     """A task that was given twice the default, and uses it."""
 
-    @task(retries=0, resources={"ram": 608})
+    @task(retries=0, resources={"ram": 2 * BUDGET})
     def it() -> None:
-        hold(500, 2)
+        hold(BUDGET + 160, 2)
 
     it()
 
@@ -290,12 +336,32 @@ def queue() -> None:
     def small(number: int) -> None:
         hold(20, 5)
 
-    @task(retries=0, resources={"ram": 560})
+    @task(retries=0, resources={"ram": CAPACITY - 48})
     def large() -> None:
-        hold(450, 2)
+        hold(CAPACITY - 160, 2)
 
     small.expand(number=list(range(6)))
     large()
+
+
+@dag(dag_id="fault_come_back", max_active_tasks=64)
+def come_back() -> None:
+    """One that has the whole worker for longer than a task may wait in its slot, and one that waits."""
+
+    @task(retries=0, resources={"ram": CAPACITY})
+    def has_it_all() -> None:
+        time.sleep(130)
+
+    @task(retries=0, resources={"ram": CAPACITY})
+    def waits() -> str:
+        return "got in"
+
+    @task(retries=0)
+    def first() -> None:
+        time.sleep(15)
+
+    has_it_all()
+    first() >> waits()
 
 
 @dag(dag_id="fault_leak", max_active_tasks=64)
@@ -325,5 +391,6 @@ bash()
 fork_bomb()
 twice()
 queue()
+come_back()
 leaks()
 many()

@@ -1,9 +1,11 @@
 """A hungry task fails alone, with a reason. Each case misuses memory in its own way (memory_dags.py),
-on a worker of 1 GiB; after each of them the worker must be the same one, untouched by the kernel."""
+on a worker of 1 GiB (WORKER_MEMORY=2g and the like for another size); after each of them the worker must
+be the same one, untouched by the kernel."""
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from stack.instance import ROOT
 from tests.support import StackUnderTest, wait_until
 
 WORKER = "airflow-worker"
-OUT_OF_MEMORY = "Out of memory: this task"
+OUT_OF_MEMORY = "Out of memory: "
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,19 @@ def test_other_ways_to_take_the_worker_down(play: Callable[..., Outcome], case: 
     [
         ("idle_threads", "Returned value was: 16"),
         ("shared", "Returned value was"),
+        ("pool_left", "Returned value was: left"),
         ("catches", "Returned value was: recovered"),
         ("daemon", "Done"),
         ("line", "cut here"),
         ("record", "cut here"),
         ("lines", "more is not kept"),
-        ("twice", "Memory budget: 608 MiB (from its resources)"),
+        ("twice", "MiB (from its resources)"),
     ],
 )
 @pytest.mark.usefixtures("unharmed")
 def test_what_is_within_the_budget_succeeds(play: Callable[..., Outcome], case: str, seen: str) -> None:
-    """Reserved but unused memory, memory shared by forks, a caught MemoryError, endless lines of
-    Python's; and a task that asks for twice the default gets it."""
+    """Reserved but unused memory, memory shared by forks, a pool left early, a caught MemoryError,
+    endless lines of Python's; and a task that asks for twice the default gets it."""
     ended = play(case)
     assert ended.state == "success", ended.logs
     assert seen in ended.logs[-1]
@@ -244,6 +247,52 @@ def test_what_was_learned(stack: StackUnderTest) -> None:
     assert "+TASK_MEMORY=" in planned.output
     assert "E-CONFIRM" in planned.output
     assert "TASK_MEMORY" not in Path(stack.instance.settings_file).read_text()
+
+
+def test_the_kernels_kill_is_told(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
+    """A task that got past the guard and filled the container: the kernel takes that task, nothing of
+    Celery's, and its log and `make doctor` say so."""
+    before, since = storm.worker_now(stack.compose), time.time()
+    ended = play("escapes")
+    after = storm.worker_now(stack.compose)
+    assert ended.state == "failed"
+    assert "the kernel" in ended.explanation
+    assert after.oom_kills > before.oom_kills
+    assert (after.started, after.restarts) == (before.started, before.restarts)
+    assert storm.lost(stack.compose, since) == 0
+    assert "the kernel" in stack.make("doctor").output
+    wait_until(lambda: task_processes(stack) == [], 15, "no task process is left in the worker")
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_who_waits_too_long_keeps_its_place(play: Callable[..., Outcome], airflow: Airflow) -> None:
+    """After 100 s a waiting task gives its slot back, before Airflow or Celery would take it away, comes
+    back, and gets in without having used up an attempt."""
+    assert play("come_back", patience=300).state == "success"
+    (run,) = airflow.call("GET", "/dags/fault_come_back/dagRuns", params={"order_by": "-start_date", "limit": 1})[
+        "dag_runs"
+    ]
+    log = airflow.task_log("fault_come_back", run["dag_run_id"], "waits")
+    assert "Waiting for memory: this task needs" in log
+    assert "it gives its slot back, keeps its place, and comes again" in log
+    (waited,) = [
+        one for one in airflow.task_instances("fault_come_back", run["dag_run_id"]) if one["task_id"] == "waits"
+    ]
+    assert waited["try_number"] == 1
+
+
+@pytest.mark.long
+def test_a_pool_process_that_hangs_is_replaced(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
+    """Stopped while its task ends: Airflow retries the task after the heartbeat timeout, and the guard ends
+    the pool process after five minutes, which frees its slot."""
+    before = storm.worker_now(stack.compose)
+    since = time.time()
+    ended = play("stops_its_supervisor", patience=900)
+    # The second attempt stops its supervisor as well.
+    assert ended.tries == 2
+    wait_until(lambda: storm.lost(stack.compose, since) == 2, 900, "both pool processes replaced")
+    assert storm.worker_now(stack.compose) == before
+    assert play("catches").state == "success"
 
 
 @pytest.mark.long

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
@@ -54,7 +55,9 @@ def browser() -> Iterator[webdriver.Chrome]:
 def wait_for_text(browser: webdriver.Chrome, text: str) -> None:
     """Waits until the page shows a text; fails with what it shows instead."""
     try:
-        WebDriverWait(browser, PATIENCE_S).until(lambda page: text in page.find_element(By.TAG_NAME, "body").text)
+        # A page that is being replaced while it is read goes stale: look at the new one.
+        wait = WebDriverWait(browser, PATIENCE_S, ignored_exceptions=[StaleElementReferenceException])
+        wait.until(lambda page: text in page.find_element(By.TAG_NAME, "body").text)
     except Exception:
         body = browser.find_element(By.TAG_NAME, "body").text
         keep(browser, f"failed-{int(time.time())}")

@@ -38,7 +38,7 @@ password: venv ## Print the first login's password
 demo: venv ## Run the training pipeline and follow it
 	@$(PYTHON) scripts/demo.py
 airflow: venv ## Run an Airflow command (ARGS="dags list")
-	@$(PYTHON) scripts/compose.py exec airflow-scheduler with-secrets airflow $(ARGS)
+	@$(PYTHON) scripts/compose.py run --rm --no-deps airflow-cli airflow $(ARGS)
 shell: venv ## Open a shell in a service (S=airflow-worker)
 	@$(PYTHON) scripts/compose.py exec $(or $(S),airflow-worker) bash
 

@@ -18,7 +18,7 @@ from stack.errors import run_main
 def main(argv: Sequence[str]) -> int:
     """Becomes `docker compose`: signals and the terminal are its own."""
     words = list(argv)
-    if words[:1] == ["exec"] and not sys.stdin.isatty():
+    if words[:1] in (["exec"], ["run"]) and not sys.stdin.isatty():
         words.insert(1, "-T")
     command = compose.Compose(instance.current()).command(*words)
     os.execvp(command[0], command)

@@ -48,10 +48,10 @@ def test_status(stack: StackUnderTest) -> None:
 
 def test_airflow_commands(stack: StackUnderTest) -> None:
     """`make airflow` runs a command of Airflow's own with the stack's database."""
-    said = stack.compose.capture(
-        "exec", "-T", "airflow-scheduler", "with-secrets", "airflow", "users", "list", timeout=120
-    )
-    assert stack.settings.admin_user in said.out, said
+    said = stack.make("airflow", "ARGS=users list")
+    assert said.code == 0, said.output
+    assert stack.settings.admin_user in said.output, said.output
+    assert "airflow-cli" not in stack.docker("ps", "--all", "--format", "{{.Names}}"), "its container is left behind"
 
 
 class TestProbesSeeOutages:

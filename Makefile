@@ -59,6 +59,8 @@ storm: venv ## Hungry tasks beside modest ones on the running stack, 20 rounds (
 	@$(PYTHON) scripts/storm.py $(ARGS)
 faults: test-venv ## Every memory fault and the long campaigns, on a throwaway stack (about an hour)
 	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest tests/faults -m "long or not long"
+bench: test-venv ## This stack beside the official settings, in one run (QUICK=1: only that it runs; ARGS="--rounds 1")
+	@PYTHONPATH=.:scripts $(PYTHON) bench/run.py $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
 lint: test-venv ## The static checks alone
 	@$(PYTHON) -m pytest tests/static -q
 
@@ -70,4 +72,4 @@ venv:
 test-venv:
 	@sh scripts/venv.sh $(TEST_LOCKS)
 
-.PHONY: up init down restart clean status logs plan memory doctor password demo storm faults airflow shell build push lock verify test lint help venv test-venv
+.PHONY: up init down restart clean status logs plan memory doctor password demo storm faults bench airflow shell build push lock verify test lint help venv test-venv

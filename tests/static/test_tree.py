@@ -16,7 +16,7 @@ TEXT = [name for name in tracked() if not name.endswith(".png")]
 def test_error_codes_are_documented() -> None:
     """Every code that a program prints has its section in docs/errors.md, and no section is left over."""
     used = set()
-    for name in tracked("scripts", "dockerfiles"):
+    for name in tracked("scripts", "dockerfiles", "bench/*.py"):
         used |= set(re.findall(r"\bE-[A-Z]+(?:-[A-Z]+)*\b", (ROOT / name).read_text(encoding="utf-8")))
     documented = set(re.findall(r"^## (E-[A-Z-]+)$", (ROOT / "docs/errors.md").read_text(), re.MULTILINE))
     assert len(used) > 20

@@ -1,0 +1,234 @@
+"""make bench: this stack and the official settings in turn, on this machine, in one run.
+
+Each round starts both from empty volumes and gives them the same work; the table says medians,
+ranges and ratios. QUICK=1 does a little of everything once, to see that it runs; its figures mean
+nothing. Load on the machine is heavy on purpose: not beside work that matters.
+
+Changes: nothing of a running stack. Its own two Compose projects and var/bench are deleted at the end.
+Writes: the figures (--json) and the picture (--picture), only what was measured.
+Exit: 0 everything could be run, 1 a workload could not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+import httpx
+import psycopg2
+
+from bench import report, workloads
+from bench.report import Measured, Workload
+from bench.systems import WORK, DefaultMlflow, OfficialAirflow, Ours, Side, fresh_dags
+from bench.tracking import Tracking
+from bench.workloads import MIB, Measure, Sample
+from stack.console import say, step
+from stack.errors import Exit, StackError, run_main
+from stack.process import capture
+
+WORKLOADS = {
+    "cold_start": Workload("empty volumes to healthy", "s", 0.55),
+    "warm_start": Workload("volumes kept, to healthy", "s", 0.55),
+    "idle_cpu": Workload("idle CPU", "cores", 0.13),
+    "idle_memory": Workload("idle memory (peer: with MLflow)", "MiB", 0.5),
+    "trigger_to_start": Workload("trigger to start, idle", "s", 0.33),
+    "fan_out": Workload("fan-out of mapped no-op tasks", "s", 0.33),
+    "chain": Workload("chain of 20 no-op tasks", "s", 0.25),
+    "small_cpu": Workload("40 small CPU tasks in a row", "s", 0.33),
+    "large_cpu": Workload("10 large CPU tasks in a row", "s", 1.0),
+    "edits": Workload("DAG files edited until visible", "s", 1.0),
+    "memory_after": Workload("memory after the runs above", "MiB", 0.8),
+    "log_batch": Workload("MLflow: batches of 100 metrics", "1/s", 1.3, more_is_better=True),
+    "create_run": Workload("MLflow: runs created", "1/s", 1.3, more_is_better=True),
+    "search": Workload("MLflow: searches of 100 runs", "1/s", 1.3, more_is_better=True),
+    "mlflow_memory": Workload("MLflow: memory after these", "MiB", 0.5),
+    "upload": Workload("MLflow: an artifact up", "MB/s", 1.0, more_is_better=True),
+    "download": Workload("MLflow: an artifact down", "MB/s", 1.0, more_is_better=True),
+}
+
+
+class Bench:
+    """The rounds, and what they found."""
+
+    def __init__(self, *, quick: bool, only: set[str]) -> None:
+        self.quick = quick
+        self.only = only
+        self.measured = {name: Measured() for name in WORKLOADS if not only or name in only}
+        self.ours = Ours()
+        self.peer = OfficialAirflow(self.ours)
+        self.peer_mlflow = DefaultMlflow(self.ours)
+        self._peer_mlflow_idle = 0
+        fan = 20 if quick else 200
+        self.airflow: dict[str, Measure] = {
+            "trigger_to_start": workloads.trigger_to_start(1 if quick else 10),
+            "fan_out": workloads.dag("bench_fan_out", {"tasks": fan}),
+            "chain": workloads.dag("bench_chain"),
+            "small_cpu": workloads.dag("bench_small_cpu"),
+            "large_cpu": workloads.dag("bench_large_cpu"),
+            "edits": workloads.edits(5 if quick else 50),
+        }
+        if quick:
+            # The same code as the others; a quick look has minutes.
+            for name in ("small_cpu", "large_cpu"):
+                del self.airflow[name]
+
+    def _take(self, side: str, name: str, measure: Callable[[], Sample]) -> None:
+        """One sample; what could not be measured is told, and the rest goes on."""
+        if name not in self.measured:
+            return
+        with step(f"{side}: {WORKLOADS[name].title}"):
+            try:
+                sample = measure()
+            except (StackError, httpx.HTTPError, OSError, ValueError) as error:
+                self.measured[name].problems.append(f"{side} failed: {str(error).splitlines()[0]}")
+                say(f"    failed: {error}")
+                return
+        getattr(self.measured[name], side).append(sample)
+
+    def round(self, number: int) -> None:
+        """Both sides once, the other one first in every second round."""
+        fresh_dags()
+        # The peer takes our image names from here.
+        self.ours.init()
+        for side in [self.ours, self.peer][:: -1 if number % 2 else 1]:
+            fresh_dags()
+            try:
+                self._one_side(side)
+                if side is self.ours:
+                    self._mlflow()
+            finally:
+                self.peer_mlflow.clean()
+                side.clean()
+
+    def _one_side(self, side: Side) -> None:
+        side.clean()
+        self._take(side.name, "cold_start", lambda: Sample(side.up(), "start"))
+        if not self.quick and "warm_start" in self.measured:
+            side.down()
+            self._take(side.name, "warm_start", lambda: Sample(side.up(), "start"))
+        with side.airflow() as airflow:
+            airflow.wait_for_dag("bench_one", patience=600)
+            if not self.quick and {"idle_cpu", "idle_memory"} & set(self.measured):
+                with step(f"{side.name}: idle, once its start is over"):
+                    time.sleep(60)
+                    found = workloads.idle(120)(side.project)
+                for name in {"idle_cpu", "idle_memory"} & set(self.measured):
+                    getattr(self.measured[name], side.name).append(found[name])
+            for name, measure in self.airflow.items():
+                self._take(side.name, name, partial(measure, airflow))
+            self._take(side.name, "memory_after", lambda: workloads.memory_now(side.project))
+
+    def _mlflow(self) -> None:
+        names = {"idle_memory", "log_batch", "create_run", "search", "mlflow_memory", "upload", "download"}
+        if not names & set(self.measured):
+            return
+        ours, peer = self.ours, self.peer_mlflow
+        with (
+            psycopg2.connect(
+                host=ours.address("postgres"),
+                user="mlflow",
+                dbname="mlflow",
+                password=ours.secret("mlflow_db_password"),
+            ) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute("CREATE SCHEMA IF NOT EXISTS peer")
+        with step("peer: MLflow"):
+            peer.up()
+        servers = {
+            "ours": Tracking(
+                ours.mlflow_url,
+                ("admin", ours.secret("admin_password")),
+                lambda now: now.by_service["mlflow"][1],
+                ours.project,
+            ),
+            "peer": Tracking(peer.mlflow_url, None, lambda now: now.memory, peer.project),
+        }
+        if "idle_memory" in self.measured:
+            self._peer_mlflow_idle = servers["peer"].memory()
+        few = 20 if self.quick else 400
+        artifact = WORK / "artifact"
+        with artifact.open("wb") as file:
+            for _ in range(1 if self.quick else 100):
+                file.write(os.urandom(10**6))
+        for side, server in servers.items():
+            self._take(side, "create_run", partial(server.create_run, few))
+            self._take(side, "log_batch", partial(server.log_batch, few))
+            self._take(side, "search", partial(server.search, few // 10))
+            self._take(side, "upload", partial(server.upload, artifact))
+            self._take(side, "download", partial(server.download, artifact))
+            self._take(side, "mlflow_memory", server.memory_after)
+
+    def finish(self) -> None:
+        """The peer's memory is Airflow's and MLflow's together, as ours is."""
+        found = self.measured.get("idle_memory")
+        if not found or not found.peer:
+            return
+        if self._peer_mlflow_idle:
+            extra = self._peer_mlflow_idle / MIB
+            found.peer = [Sample(one.value + extra, one.work, {**one.details, "mlflow": extra}) for one in found.peer]
+        else:
+            found.problems.append("the peer's MLflow was not measured: its part is missing")
+
+    def clean(self) -> None:
+        """Nothing of it is left."""
+        for side in (self.peer_mlflow, self.peer, self.ours):
+            side.clean()
+        shutil.rmtree(WORK, ignore_errors=True)
+
+
+def about(rounds: int, images: dict[str, str]) -> dict[str, object]:
+    """The machine, the versions, the day."""
+    return {
+        "date": datetime.now(tz=timezone.utc).isoformat(timespec="seconds"),
+        "rounds": rounds,
+        "cpus": os.cpu_count(),
+        "memory_MiB": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB,
+        "kernel": platform.release(),
+        "engine": capture(["docker", "version", "--format", "{{.Server.Version}}"], timeout=30).out.strip(),
+        "images": {name: tag for name, tag in images.items() if name.endswith("_TAG")},
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the rounds and prints the table."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round of a little of everything")
+    parser.add_argument("--only", default="", help=f"some of: {' '.join(WORKLOADS)}")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
+    arguments = parser.parse_args(argv)
+    only = set(arguments.only.split())
+    if only - set(WORKLOADS):
+        parser.error(f"no such workload: {' '.join(sorted(only - set(WORKLOADS)))}")
+    rounds = 1 if arguments.quick else arguments.rounds
+    bench = Bench(quick=arguments.quick, only=only)
+    try:
+        for number in range(rounds):
+            say(f"round {number + 1} of {rounds}")
+            bench.round(number)
+        facts = about(rounds, bench.ours.compose.values)
+    finally:
+        bench.clean()
+    bench.finish()
+    print(report.table({name: WORKLOADS[name] for name in bench.measured}, bench.measured))
+    if arguments.quick:
+        say("a quick look: that it runs is all that it says")
+    if arguments.json:
+        report.to_json(facts, WORKLOADS, bench.measured, arguments.json)
+    if arguments.picture:
+        arguments.picture.write_text(report.picture(WORKLOADS, bench.measured) + "\n", encoding="utf-8")
+    failed = [name for name, found in bench.measured.items() if any("failed" in one for one in found.problems)]
+    return Exit.FAILED if failed else Exit.DONE
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,221 @@
+"""The two sides of the benchmark: this stack, and the official settings (bench/peer/).
+
+Both run on the same images, the same DAG folder and the same machine, in turn. Each is a Compose
+project of its own, with its own ports and volumes, and is deleted when the benchmark ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from stack import compose
+from stack.airflow import Airflow
+from stack.compose import Compose
+from stack.instance import ROOT, VAR, Instance
+from stack.process import capture
+
+HERE = Path(__file__).resolve().parent
+WORK = VAR / "bench"
+DAGS = WORK / "dags"
+OURS, PEER, PEER_MLFLOW = "mlstack-bench", "mlstack-bench-peer", "mlstack-bench-peer-mlflow"
+START_S, STOP_S = 900, 300
+SECRET = "benchmark"
+"""The peer's passwords. It lives for minutes, on loopback."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def fresh_dags() -> None:
+    """The DAG folder of both sides, as it ships."""
+    shutil.rmtree(DAGS, ignore_errors=True)
+    shutil.copytree(HERE / "dags", DAGS, ignore=shutil.ignore_patterns("__pycache__"))
+    # Part of the image's identity: the same image, then, as this clone's.
+    shutil.copy(ROOT / "dags/requirements.txt", DAGS)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a project's containers take."""
+
+    cpu_s: float
+    """Since they started."""
+    memory: int
+    """Bytes of anonymous memory, page cache left out."""
+    by_service: dict[str, tuple[float, int]]
+
+
+def usage(*projects: str) -> Usage:
+    """CPU and memory of all running containers of some projects, from the engine's own accounting."""
+    found: dict[str, tuple[float, int]] = {}
+    transport = httpx.HTTPTransport(uds="/var/run/docker.sock")
+    with httpx.Client(transport=transport, base_url="http://engine", timeout=30) as engine:
+        for project in projects:
+            for one in compose.containers(project):
+                if one.state != "running":
+                    continue
+                answer = engine.get(f"/containers/{one.id}/stats", params={"stream": "false", "one-shot": "true"})
+                told: dict[str, Any] = answer.raise_for_status().json()
+                memory = told["memory_stats"].get("stats", {})
+                # cgroup v1 says total_rss, v2 anon.
+                used = int(memory.get("total_rss", memory.get("anon", 0)))
+                name = one.service if project == projects[0] else f"{project}/{one.service}"
+                found[name] = (told["cpu_stats"]["cpu_usage"]["total_usage"] / 1e9, used)
+    return Usage(sum(cpu for cpu, _ in found.values()), sum(memory for _, memory in found.values()), found)
+
+
+class Side:
+    """One of the two: how it starts and stops, and where its API is."""
+
+    name: str
+    project: str
+
+    def up(self) -> float:
+        """Seconds until everything is healthy."""
+        raise NotImplementedError
+
+    def down(self) -> None:
+        """Stops it; data is kept."""
+        raise NotImplementedError
+
+    def clean(self) -> None:
+        """Deletes it."""
+        compose.remove_project(self.project)
+
+    def airflow(self) -> Airflow:
+        """Its API, with a login."""
+        raise NotImplementedError
+
+
+class Ours(Side):
+    """This stack, by its own `make up`."""
+
+    name, project = "ours", OURS
+
+    def __init__(self) -> None:
+        self.instance = Instance(WORK / "ours")
+        self.ports = (free_port(), free_port())
+
+    def _program(self, name: str, *words: str, timeout: float) -> float:
+        started = time.monotonic()
+        capture(
+            [sys.executable, ROOT / "scripts" / name, *words],
+            timeout=timeout,
+            env={"STACK_DIR": str(self.instance.directory)},
+        )
+        return time.monotonic() - started
+
+    def init(self) -> None:
+        """Its directory, settings, secrets and plan."""
+        self.instance.directory.mkdir(parents=True, exist_ok=True)
+        self.instance.settings_file.write_text(
+            f"STACK_NAME={OURS}\nAIRFLOW_PORT={self.ports[0]}\nMLFLOW_PORT={self.ports[1]}\nDAGS_DIR={DAGS}\n"
+        )
+        self._program("init.py", timeout=120)
+
+    def up(self) -> float:
+        self.init()
+        return self._program("up.py", timeout=START_S)
+
+    def down(self) -> None:
+        self._program("down.py", timeout=STOP_S)
+
+    def secret(self, name: str) -> str:
+        """One of its generated secrets."""
+        return (self.instance.secrets / name).read_text(encoding="utf-8").strip()
+
+    def airflow(self) -> Airflow:
+        return Airflow(f"http://localhost:{self.ports[0]}", "admin", self.secret("admin_password"))
+
+    @property
+    def compose(self) -> Compose:
+        """Its containers."""
+        return Compose(self.instance)
+
+    @property
+    def mlflow_url(self) -> str:
+        """Where MLflow listens."""
+        return f"http://localhost:{self.ports[1]}"
+
+    def address(self, service: str) -> str:
+        """A container's address on the back-end network, which the host itself reaches."""
+        words = [
+            "docker",
+            "inspect",
+            "--format",
+            f'{{{{(index .NetworkSettings.Networks "{OURS}_backend").IPAddress}}}}',
+        ]
+        return capture([*words, self.compose.container(service).name], timeout=30).out.strip()
+
+
+class Composed(Side):
+    """A peer: a Compose file beside ours, with our image names in its variables."""
+
+    file: str
+
+    def __init__(self, ours: Ours) -> None:
+        self.ours = ours
+        self.port = free_port()
+
+    def variables(self) -> dict[str, str]:
+        """What its Compose file refers to."""
+        raise NotImplementedError
+
+    def _compose(self, *words: str, timeout: float) -> None:
+        capture(
+            ["docker", "compose", "--file", HERE / "peer" / self.file, *words],
+            timeout=timeout,
+            env={**self.ours.compose.values, **self.variables()} | {"COMPOSE_FILE": "", "COMPOSE_PROFILES": ""},
+        )
+
+    def up(self) -> float:
+        started = time.monotonic()
+        self._compose("--project-name", self.project, "up", "--detach", "--wait", timeout=START_S)
+        return time.monotonic() - started
+
+    def down(self) -> None:
+        self._compose("--project-name", self.project, "down", timeout=STOP_S)
+
+
+class OfficialAirflow(Composed):
+    """Airflow with the settings of its official docker-compose.yaml."""
+
+    name, project, file = "peer", PEER, "airflow.yaml"
+
+    def variables(self) -> dict[str, str]:
+        return {"BENCH_PEER": PEER, "BENCH_PEER_SECRET": SECRET, "BENCH_PEER_PORT": str(self.port)}
+
+    def airflow(self) -> Airflow:
+        return Airflow(f"http://localhost:{self.port}", "admin", SECRET)
+
+
+class DefaultMlflow(Composed):
+    """`mlflow server` with its defaults, on our running Postgres and MinIO."""
+
+    name, project, file = "peer", PEER_MLFLOW, "mlflow.yaml"
+
+    def variables(self) -> dict[str, str]:
+        return {
+            "BENCH_PEER_MLFLOW": PEER_MLFLOW,
+            "BENCH_PEER_MLFLOW_PORT": str(self.port),
+            "BENCH_BACKEND_URL": self.ours.secret("mlflow_backend_url") + "?options=-csearch_path%3Dpeer",
+            "BENCH_S3_SECRET": self.ours.secret("mlflow_s3_secret"),
+        }
+
+    @property
+    def mlflow_url(self) -> str:
+        """Where it listens."""
+        return f"http://localhost:{self.port}"

@@ -1,0 +1,99 @@
+"""What is measured of MLflow: our server and `mlflow server` with its defaults, on the same Postgres and MinIO."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+from bench.systems import Usage, usage
+from bench.workloads import MIB, Sample
+
+CLIENTS = 8
+
+
+class Tracking:
+    """One MLflow server, by its REST API."""
+
+    def __init__(self, url: str, login: tuple[str, str] | None, memory: Callable[[Usage], int], project: str) -> None:
+        self.http = httpx.Client(base_url=url, auth=login, timeout=300, limits=httpx.Limits(max_connections=CLIENTS))
+        self._memory = memory
+        self._project = project
+        self.experiment = self.post("experiments/create", name=f"bench-{time.time_ns()}")["experiment_id"]
+
+    def post(self, path: str, **body: object) -> dict[str, str]:
+        """One call; raises httpx.HTTPStatusError."""
+        answer = self.http.post(f"/api/2.0/mlflow/{path}", json=body)
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def run(self) -> str:
+        """A new run's id."""
+        made = self.post("runs/create", experiment_id=self.experiment, start_time=time.time_ns() // 10**6)
+        return str(made["run"]["info"]["run_id"])  # type: ignore[index]
+
+    def memory(self) -> int:
+        """Bytes of the server's container."""
+        return self._memory(usage(self._project))
+
+    def memory_after(self) -> Sample:
+        """MiB of the server, after whatever it did before."""
+        return Sample(self.memory() / MIB, "after these")
+
+    def _rate(self, number: int, act: Callable[[int], object]) -> float:
+        """Calls a second, from CLIENTS threads at once."""
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            started = time.monotonic()
+            list(pool.map(act, range(number)))
+            return number / (time.monotonic() - started)
+
+    def log_batch(self, number: int) -> Sample:
+        """Batches of 100 metrics a second."""
+        runs = [self.run() for _ in range(CLIENTS)]
+
+        def act(index: int) -> None:
+            stamp = time.time_ns() // 10**6
+            metrics = [{"key": f"m{k}", "value": k * 0.5, "timestamp": stamp, "step": index} for k in range(100)]
+            self.post("runs/log-batch", run_id=runs[index % CLIENTS], metrics=metrics)
+
+        return Sample(self._rate(number, act), f"{number} batches of 100")
+
+    def create_run(self, number: int) -> Sample:
+        """Runs created a second."""
+        return Sample(self._rate(number, lambda _: self.run()), f"{number} runs")
+
+    def search(self, number: int) -> Sample:
+        """Searches a second that each return 100 runs of 10 metrics."""
+        for index in range(100):
+            metrics = [{"key": f"m{k}", "value": index + k, "timestamp": 1, "step": 0} for k in range(10)]
+            self.post("runs/log-batch", run_id=self.run(), metrics=metrics)
+
+        def act(_: int) -> None:
+            found = self.post("runs/search", experiment_ids=[self.experiment], max_results=100)
+            if len(found["runs"]) != 100:
+                raise ValueError(f"a search returned {len(found['runs'])} of 100 runs")
+
+        return Sample(self._rate(number, act), f"{number} searches of 100 runs")
+
+    def upload(self, path: Path) -> Sample:
+        """MB a second of one artifact up, through the server."""
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            started = time.monotonic()
+            self.http.put(f"/api/2.0/mlflow-artifacts/artifacts/bench/{path.name}", content=file).raise_for_status()
+            took = time.monotonic() - started
+        return Sample(size / 1e6 / took, f"{size} bytes", {"server_MiB": self.memory() // MIB})
+
+    def download(self, path: Path) -> Sample:
+        """MB a second of the same artifact down."""
+        size, got, started = path.stat().st_size, 0, time.monotonic()
+        with self.http.stream("GET", f"/api/2.0/mlflow-artifacts/artifacts/bench/{path.name}") as answer:
+            answer.raise_for_status()
+            for piece in answer.iter_raw(1 << 20):
+                got += len(piece)
+        if got != size:
+            raise ValueError(f"{got} of {size} bytes came back")
+        return Sample(size / 1e6 / (time.monotonic() - started), f"{size} bytes", {"server_MiB": self.memory() // MIB})

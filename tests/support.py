@@ -96,6 +96,8 @@ class StackUnderTest:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # Ctrl-C is ignored in what a script started with `&`: the tests need it to be heard.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def secret(self, name: str) -> str:

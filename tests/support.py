@@ -31,7 +31,7 @@ from stack.instance import ROOT, VAR, Instance
 
 PROJECT = "mlstack-test"
 USER = "mlstack-test"
-MEMORY = "3712m"
+MEMORY = os.environ.get("STACK_MEMORY", "3712m")
 """What a host of 4 GiB leaves: every service is tried at its floor."""
 WORKER_MEMORY = os.environ.get("WORKER_MEMORY", "1g")
 """Small: the memory tests are to overrun it. Other sizes by the variable of that name."""

@@ -270,11 +270,13 @@ def escapes() -> None:
     grow(20_000, step_mib=64, pause_s=0)
 
 
-def stops_its_supervisor() -> None:
+def stops_its_supervisor(ends: bool) -> None:
     """The pool process above hangs, as one that waits for a dead disk does, and this task ends without
-    telling it."""
+    telling it, or goes on."""
     os.kill(os.getppid(), signal.SIGSTOP)
-    os._exit(0)
+    if ends:
+        os._exit(0)
+    time.sleep(1200)
 
 
 case("allocation", big_array)
@@ -299,7 +301,8 @@ case("record", long_log_record)
 case("too_large", lambda: None, resources={"ram": 10**6}, retries=3)
 case("kill_pool_process", lambda: kill_parent(1), retries=1, retry_delay=SECOND)
 case("escapes", escapes)
-case("stops_its_supervisor", stops_its_supervisor, retries=1, retry_delay=SECOND)
+case("stops_its_supervisor", lambda: stops_its_supervisor(ends=True), retries=1, retry_delay=SECOND)
+case("loses_its_supervisor", lambda: stops_its_supervisor(ends=False), retries=1, retry_delay=SECOND)
 case("kill_main", lambda: kill_parent(2), retries=1, retry_delay=SECOND)
 
 

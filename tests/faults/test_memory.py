@@ -282,16 +282,18 @@ def test_who_waits_too_long_keeps_its_place(play: Callable[..., Outcome], airflo
 
 
 @pytest.mark.long
-def test_a_pool_process_that_hangs_is_replaced(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
-    """Stopped while its task ends: Airflow retries the task after the heartbeat timeout, and the guard ends
-    the pool process after five minutes, which frees its slot."""
+@pytest.mark.parametrize("fault", ["stops_its_supervisor", "loses_its_supervisor"])
+def test_a_pool_process_that_hangs_is_replaced(stack: StackUnderTest, play: Callable[..., Outcome], fault: str) -> None:
+    """Stopped while its task ends, or goes on: Airflow retries the task after the heartbeat timeout, and the
+    guard ends the pool process after five minutes, which frees its slot."""
     before = storm.worker_now(stack.compose)
     since = time.time()
-    ended = play("stops_its_supervisor", patience=900)
+    ended = play(fault, patience=900)
     # The second attempt stops its supervisor as well.
     assert ended.tries == 2
     wait_until(lambda: storm.lost(stack.compose, since) == 2, 900, "both pool processes replaced")
     assert storm.worker_now(stack.compose) == before
+    wait_until(lambda: task_processes(stack) == [], 15, "no task process is left in the worker")
     assert play("catches").state == "success"
 
 

@@ -78,7 +78,8 @@ TICKET_S = 600.0
 OF_MEMORY = ("budget", "allocation", "kernel")
 """Kinds of overrun that more memory would mend: these count, and a retry gets more."""
 STUCK_S = 300.0
-"""A pool process that has not finished this long after its task's process ended hangs."""
+"""A pool process hangs that has not finished this long after its task's process ended, or that was seen
+to use no CPU for this long: it tells the API server every few seconds that its task lives."""
 
 
 @dataclass
@@ -122,6 +123,9 @@ class Watch:
     ended: bool = False
     """It said itself that it ends."""
     left_at: float | None = None
+    ticks: int = 0
+    still: float = 0.0
+    """Seconds of looks that found the pool process's CPU time unchanged."""
     oom_kills: int = 0
     forget: Callable[[], None] = lambda: None
     """Stops waiting for the pool process's end."""
@@ -149,6 +153,7 @@ class Guard:
         self.links: dict[int, socket.socket] = {}
         self.tickets: dict[Instance, float] = {}
         self.interval = FASTEST_S
+        self.looked_at = time.monotonic()
         self.main = os.getppid()
         # Processes and threads of this user on this host, for tasks: all of them as bare shells fit into
         # half of the container, and a fork bomb meets this before the container's pids_limit.
@@ -431,7 +436,14 @@ class Guard:
             children.setdefault(one.parent, []).append(one)
         growing = False
         now = time.monotonic()
+        # A container that was paused comes back after a long time in which nobody could move.
+        passed = min(now - self.looked_at, 2 * SLOWEST_S)
+        self.looked_at = now
         for watch in list(self.watches.values()):
+            supervisor = table.get(watch.supervisor)
+            ticks = supervisor.ticks if supervisor else 0
+            watch.still = watch.still + passed if ticks == watch.ticks else 0.0
+            watch.ticks = ticks
             watch.members = self._descendants(watch.supervisor, children)
             if len(watch.members) > MAX_PROCESSES or watch.killed:
                 # First of all, and without measuring each: this is a race.
@@ -528,6 +540,15 @@ class Guard:
                     watch.name,
                 )
                 self._kill(watch.supervisor)
+            return
+        if watch.still > STUCK_S:
+            log.error(
+                "the pool process %s hangs: no sign of life for %.0f s; it is replaced, and %s ends with it",
+                watch.supervisor,
+                STUCK_S,
+                watch.name,
+            )
+            self._kill(watch.supervisor)
             return
         kind, detail = self._verdict(watch)
         if kind in ("supervisor", "processes", "log"):

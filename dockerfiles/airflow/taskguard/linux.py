@@ -103,6 +103,8 @@ class Process:
     started: int
     name: str
     zombie: bool
+    ticks: int
+    """CPU time so far, in the kernel's clock ticks."""
 
 
 def process(pid: int) -> Process | None:
@@ -114,7 +116,13 @@ def process(pid: int) -> Process | None:
     head, _, tail = text.rpartition(")")
     fields = tail.split()
     return Process(
-        pid, int(fields[1]), int(fields[2]), int(fields[19]), head.partition("(")[2], fields[0] in ("Z", "X")
+        pid,
+        int(fields[1]),
+        int(fields[2]),
+        int(fields[19]),
+        head.partition("(")[2],
+        fields[0] in ("Z", "X"),
+        int(fields[11]) + int(fields[12]),
     )
 
 

@@ -51,7 +51,8 @@ def test_airflow_commands(stack: StackUnderTest) -> None:
     said = stack.make("airflow", "ARGS=users list")
     assert said.code == 0, said.output
     assert stack.settings.admin_user in said.output, said.output
-    assert "airflow-cli" not in stack.docker("ps", "--all", "--format", "{{.Names}}"), "its container is left behind"
+    left = run("docker", "ps", "--all", "--quiet", "--filter", f"name={stack.compose.project}-airflow-cli")
+    assert not left.output.strip(), "its container is left behind"
 
 
 class TestProbesSeeOutages:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from airflow.providers.standard.operators.bash import BashOperator
@@ -349,21 +350,27 @@ def queue() -> None:
 
 @dag(dag_id="fault_come_back", max_active_tasks=64)
 def come_back() -> None:
-    """One that has the whole worker for longer than a task may wait in its slot, and one that waits."""
+    """One that leaves too little for longer than a task may wait in its slot, and one that waits."""
 
-    @task(retries=0, resources={"ram": CAPACITY})
-    def has_it_all() -> None:
+    def sign() -> Path:
+        return Path("/tmp") / get_current_context()["run_id"]
+
+    @task(retries=0, resources={"ram": CAPACITY - BUDGET})
+    def has_most() -> None:
+        sign().touch()
         time.sleep(130)
+        sign().unlink()
+
+    @task(retries=0, execution_timeout=timedelta(minutes=2))
+    def first() -> None:
+        while not sign().exists():
+            time.sleep(0.2)
 
     @task(retries=0, resources={"ram": CAPACITY})
     def waits() -> str:
         return "got in"
 
-    @task(retries=0)
-    def first() -> None:
-        time.sleep(15)
-
-    has_it_all()
+    has_most()
     first() >> waits()
 
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,16 @@ def play(stack: StackUnderTest, airflow: Airflow) -> Iterator[Callable[..., Outc
         last = airflow.task_instances(dag_id, run_id)[-1]
         words = {"map_index": last["map_index"]}
         tries = range(1, last["try_number"] + 1)
-        logs = [airflow.task_log(dag_id, run_id, last["task_id"], attempt=number, **words) for number in tries]
+
+        def stored(attempt: int) -> str:
+            # The run is over moments before the pool process has sent the last log to the store.
+            log = airflow.task_log(dag_id, run_id, last["task_id"], attempt=attempt, **words)
+            return "" if "Could not read served logs" in log else log
+
+        logs = [
+            wait_until(partial(stored, number), 60, f"the log of attempt {number} of {dag_id} in the store")
+            for number in tries
+        ]
         return Outcome(state, last["try_number"], logs)
 
     yield run

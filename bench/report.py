@@ -38,6 +38,14 @@ class Measured:
         ours, peer = (statistics.median(one.value for one in side) for side in (self.ours, self.peer))
         return ours / peer if peer and math.isfinite(ours / peer) else None
 
+    def remarks(self) -> list[str]:
+        """What went wrong, or else why there is no ratio."""
+        if self.problems or self.ratio() is not None:
+            return self.problems
+        if not self.ours and not self.peer:
+            return ["not run"]
+        return ["the two sides did different work: no ratio"]
+
 
 def _told(samples: list[Sample]) -> str:
     if not samples:
@@ -50,7 +58,7 @@ def table(workloads: dict[str, Workload], measured: dict[str, Measured]) -> str:
     """Median and range of each side, the ratio, and whether it is what was to be reached."""
     lines = [f"{'workload':<38} {'unit':<8} {'ours':>22} {'peer':>22} {'ratio':>7} {'to reach':>9}"]
     for name, workload in workloads.items():
-        found = measured.get(name, Measured(problems=["not run"]))
+        found = measured.get(name, Measured())
         ratio = found.ratio()
         sign = ">=" if workload.more_is_better else "<="
         said = f"{ratio:.2f}" if ratio is not None else "none"
@@ -58,9 +66,7 @@ def table(workloads: dict[str, Workload], measured: dict[str, Measured]) -> str:
             f"{workload.title:<38} {workload.unit:<8} {_told(found.ours):>22} {_told(found.peer):>22} {said:>7} "
             f"{sign + f' {workload.target:.2f}':>9}"
         )
-        if ratio is None and not found.problems:
-            found.problems.append("the two sides did different work: no ratio")
-        lines += [f"    {problem}" for problem in found.problems]
+        lines += [f"    {remark}" for remark in found.remarks()]
     return "\n".join(lines)
 
 
@@ -69,7 +75,8 @@ def to_json(about: dict[str, Any], workloads: dict[str, Workload], measured: dic
     content = {
         "about": about,
         "workloads": {
-            name: asdict(workloads[name]) | asdict(found) | {"ratio": found.ratio()} for name, found in measured.items()
+            name: asdict(workloads[name]) | asdict(found) | {"ratio": found.ratio(), "remarks": found.remarks()}
+            for name, found in measured.items()
         },
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -61,6 +61,8 @@ faults: test-venv ## Every memory fault and the long campaigns, on a throwaway s
 	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest tests/faults -m "long or not long"
 bench: test-venv ## This stack beside the official settings, in one run (QUICK=1: only that it runs; ARGS="--rounds 1")
 	@PYTHONPATH=.:scripts $(PYTHON) bench/run.py $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
+growth: test-venv ## How cost grows with tasks, history and DAG files, on a stack of its own (about an hour)
+	@PYTHONPATH=.:scripts $(PYTHON) bench/growth.py $(ARGS)
 lint: test-venv ## The static checks alone
 	@$(PYTHON) -m pytest tests/static -q
 
@@ -72,4 +74,4 @@ venv:
 test-venv:
 	@sh scripts/venv.sh $(TEST_LOCKS)
 
-.PHONY: up init down restart clean status logs plan memory doctor password demo storm faults bench airflow shell build push lock verify test lint help venv test-venv
+.PHONY: up init down restart clean status logs plan memory doctor password demo storm faults bench growth airflow shell build push lock verify test lint help venv test-venv

@@ -7,7 +7,7 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench.workloads import Sample
 
@@ -19,24 +19,39 @@ class Workload:
     title: str
     unit: str
     target: float
-    """Of ours over the peer's where less is better, of the peer's work in the same time where more is."""
+    """What ours is to reach: of the peer's, of the floor's, or by itself."""
     more_is_better: bool = False
+    against: Literal["peer", "floor", "alone"] = "peer"
+    floor: str = ""
+    """What the floor is: the same work without the platform."""
+
+    def reached(self, value: float) -> bool:
+        """Whether a ratio, or a figure of its own, is what was to be reached."""
+        return value >= self.target if self.more_is_better else value <= self.target
 
 
 @dataclass
 class Measured:
-    """The samples of one workload, ours and the peer's, and what went wrong."""
+    """The samples of one workload: ours, the peer's, the floor's; and what went wrong."""
 
     ours: list[Sample] = field(default_factory=list)
     peer: list[Sample] = field(default_factory=list)
+    floor: list[Sample] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def ratio(self) -> float | None:
-        """Median of ours over median of the peer's; None where the work differs or a side is missing."""
-        if not self.ours or not self.peer or len({one.work for one in (*self.ours, *self.peer)}) != 1:
+    def ratio(self, other: Literal["peer", "floor"] = "peer") -> float | None:
+        """Median of ours over median of the other's; None where the work differs or a side is missing."""
+        others = getattr(self, other)
+        if not self.ours or not others or len({one.work for one in (*self.ours, *others)}) != 1:
             return None
-        ours, peer = (statistics.median(one.value for one in side) for side in (self.ours, self.peer))
-        return ours / peer if peer and math.isfinite(ours / peer) else None
+        ours, theirs = _median(self.ours), _median(others)
+        return ours / theirs if theirs and math.isfinite(ours / theirs) else None
+
+    def judged(self, workload: Workload) -> float | None:
+        """The figure that the workload's target is about."""
+        if workload.against == "alone":
+            return _median(self.ours) if self.ours else None
+        return self.ratio(workload.against)
 
     def remarks(self) -> list[str]:
         """What went wrong, or else why there is no ratio."""
@@ -47,27 +62,44 @@ class Measured:
         return ["the two sides did different work: no ratio"]
 
 
+def _median(samples: list[Sample]) -> float:
+    return statistics.median(one.value for one in samples)
+
+
 def _told(samples: list[Sample]) -> str:
     if not samples:
         return "-"
     values = [one.value for one in samples]
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+    return f"{_median(samples):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
 def table(workloads: dict[str, Workload], measured: dict[str, Measured]) -> str:
     """Median and range of each side, the ratio, and whether it is what was to be reached."""
-    lines = [f"{'workload':<38} {'unit':<8} {'ours':>22} {'peer':>22} {'ratio':>7} {'to reach':>9}"]
+    lines = [f"{'workload':<38} {'unit':<8} {'ours':>22} {'peer':>22} {'ratio':>7}  to reach"]
     for name, workload in workloads.items():
         found = measured.get(name, Measured())
         ratio = found.ratio()
-        sign = ">=" if workload.more_is_better else "<="
-        said = f"{ratio:.2f}" if ratio is not None else "none"
+        said = "-" if workload.against == "alone" else "none" if ratio is None else f"{ratio:.2f}"
         lines.append(
-            f"{workload.title:<38} {workload.unit:<8} {_told(found.ours):>22} {_told(found.peer):>22} {said:>7} "
-            f"{sign + f' {workload.target:.2f}':>9}"
+            f"{workload.title:<38} {workload.unit:<8} {_told(found.ours):>22} {_told(found.peer):>22} {said:>7}  "
+            + _to_reach(workload, found)
         )
+        if found.floor:
+            part = found.ratio("floor")
+            lines.append(
+                f"    {workload.floor}: {_told(found.floor)} {workload.unit}; "
+                + (f"ours is {part:.2f} of it" if part is not None else "of different work: no ratio")
+            )
         lines += [f"    {remark}" for remark in found.remarks()]
     return "\n".join(lines)
+
+
+def _to_reach(workload: Workload, found: Measured) -> str:
+    sign = ">=" if workload.more_is_better else "<="
+    of = {"peer": "", "floor": f" of {workload.floor}", "alone": f" {workload.unit}"}[workload.against]
+    figure = found.judged(workload)
+    verdict = "" if figure is None else ": yes" if workload.reached(figure) else ": no"
+    return f"{sign} {workload.target:g}{of}{verdict}"
 
 
 def to_json(about: dict[str, Any], workloads: dict[str, Workload], measured: dict[str, Measured], path: Path) -> None:
@@ -82,36 +114,52 @@ def to_json(about: dict[str, Any], workloads: dict[str, Workload], measured: dic
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+COLOURS = {"ours": "#2171b5", "peer": "#bdbdbd", "floor": "#74c476"}
+
+
 def picture(workloads: dict[str, Workload], measured: dict[str, Measured]) -> str:
-    """An SVG: for each workload ours as a part of the peer's, which is 1; a mark where it should be."""
-    shown = [(workloads[name], found.ratio()) for name, found in measured.items() if found.ratio() is not None]
-    width, left, row, top = 760, 300, 30, 34
-    # Logarithmic, from a twentieth to eight times.
-    low, high = math.log(0.05), math.log(8)
-
-    def x(ratio: float) -> float:
-        return left + (width - left - 20) * (min(max(math.log(ratio), low), high) - low) / (high - low)
-
-    height = top + row * len(shown) + 20
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+    """An SVG: for each workload a bar of ours, of the peer and of the floor, the longest of them full width."""
+    width, left, bar, full = 860, 290, 12, 380
+    lines, y = [], 44
+    for name, found in measured.items():
+        workload = workloads[name]
+        sides = {side: samples for side in COLOURS if (samples := getattr(found, side))}
+        if "ours" not in sides:
+            continue
+        most = max(max(abs(one.value) for one in samples) for samples in sides.values()) or 1.0
+        lines.append(f'<text x="{left - 10}" y="{y + 10}" text-anchor="end">{workload.title}</text>')
+        figure = found.judged(workload)
+        if figure is not None and not workload.reached(figure):
+            lines.append(
+                f'<text x="{left - 10}" y="{y + 23}" text-anchor="end" fill="#cb181d" font-size="10">'
+                f"{figure:.2f}, to reach {workload.target:g}</text>"
+            )
+        for side, samples in sides.items():
+            values = [one.value for one in samples]
+            low, middle, high = (
+                max(0.0, value) / most * full for value in (min(values), _median(samples), max(values))
+            )
+            lines.append(
+                f'<rect x="{left}" y="{y}" width="{max(1.0, middle):.1f}" height="{bar - 2}" fill="{COLOURS[side]}"/>'
+            )
+            if high > low:
+                at = y + bar / 2 - 1
+                lines.append(f'<line x1="{left + low:.1f}" x2="{left + high:.1f}" y1="{at}" y2="{at}" stroke="black"/>')
+            ratio = found.ratio() if side == "ours" and workload.against != "alone" else None
+            said = f"{_median(samples):.3g} {workload.unit}" + (f" ({ratio:.2f} of the peer)" if ratio else "")
+            lines.append(f'<text x="{left + max(1.0, high) + 6:.1f}" y="{y + 9}" font-size="10">{said}</text>')
+            y += bar
+        y += 12 + bar * max(0, 2 - len(sides))
+    key = "".join(
+        f'<rect x="{left + 120 * index}" y="14" width="10" height="10" fill="{colour}"/>'
+        f'<text x="{left + 120 * index + 15}" y="23">{side}</text>'
+        for index, (side, colour) in enumerate(COLOURS.items())
+    )
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 8}" '
         'font-family="sans-serif" font-size="12">',
-        "<title>Ours beside the official settings, which are 1</title>",
-        f'<rect width="{width}" height="{height}" fill="white"/>',
+        "<title>Ours beside the official settings</title>",
+        f'<rect width="{width}" height="{y + 8}" fill="white"/>',
+        key,
     ]
-    for mark in (0.1, 0.25, 0.5, 1, 2, 4):
-        lines.append(f'<line x1="{x(mark):.0f}" x2="{x(mark):.0f}" y1="{top - 8}" y2="{height - 12}" stroke="#ddd"/>')
-        lines.append(f'<text x="{x(mark):.0f}" y="{top - 14}" text-anchor="middle">{mark:g} x</text>')
-    for index, (workload, ratio) in enumerate(shown):
-        assert ratio is not None
-        y = top + index * row
-        reached = ratio >= workload.target if workload.more_is_better else ratio <= workload.target
-        start, end = sorted((x(1), x(ratio)))
-        colour = "#3182bd" if reached else "#e6550d"
-        lines.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{workload.title}</text>')
-        lines.append(f'<rect x="{start:.1f}" y="{y}" width="{max(1.0, end - start):.1f}" height="20" fill="{colour}"/>')
-        lines.append(
-            f'<line x1="{x(workload.target):.1f}" x2="{x(workload.target):.1f}" y1="{y - 3}" y2="{y + 23}" '
-            'stroke="black" stroke-width="2"/>'
-        )
-    return "\n".join([*lines, "</svg>"])
+    return "\n".join([*head, *lines, "</svg>"])

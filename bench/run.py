@@ -12,6 +12,7 @@ Exit: 0 everything could be run, 1 a workload could not.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import shutil
@@ -27,8 +28,9 @@ import psycopg2
 from bench import report, workloads
 from bench.report import Measured, Workload
 from bench.systems import WORK, DefaultMlflow, OfficialAirflow, Ours, Side, fresh_dags
-from bench.tracking import Tracking
+from bench.tracking import Store, Tracking
 from bench.workloads import MIB, Measure, Sample
+from stack.airflow import Airflow
 from stack.console import say, step
 from stack.errors import Exit, StackError, run_main
 from stack.process import capture
@@ -42,17 +44,28 @@ WORKLOADS = {
     "fan_out": Workload("fan-out of mapped no-op tasks", "s", 0.33),
     "chain": Workload("chain of 20 no-op tasks", "s", 0.25),
     "small_cpu": Workload("40 small CPU tasks in a row", "s", 0.33),
-    "large_cpu": Workload("10 large CPU tasks in a row", "s", 1.0),
+    "large_cpu": Workload("10 large CPU tasks in a row", "s", 1.0, floor="Python alone"),
     "edits": Workload("DAG files edited until visible", "s", 1.0),
     "memory_after": Workload("memory after the runs above", "MiB", 0.8),
+    "load_run": Workload("10 minutes of load: a run at its end", "s", 1.0),
+    "load_memory": Workload("10 minutes of load: memory added", "%", 5, against="alone"),
     "log_batch": Workload("MLflow: batches of 100 metrics", "1/s", 1.3, more_is_better=True),
     "create_run": Workload("MLflow: runs created", "1/s", 1.3, more_is_better=True),
     "search": Workload("MLflow: searches of 100 runs", "1/s", 1.3, more_is_better=True),
     "mlflow_memory": Workload("MLflow: memory after these", "MiB", 0.5),
-    "upload": Workload("MLflow: an artifact up", "MB/s", 1.0, more_is_better=True),
-    "download": Workload("MLflow: an artifact down", "MB/s", 1.0, more_is_better=True),
 }
-MLFLOW = {"log_batch", "create_run", "search", "mlflow_memory", "upload", "download"}
+ARTIFACTS = {"1MB": 10**6, "100MB": 10**8, "2GB": 2 * 10**9}
+WORKLOADS |= {
+    f"{way}_{size}": Workload(
+        f"MLflow: {size} {way}", "MB/s", 0.7, more_is_better=True, against="floor", floor="the object store itself"
+    )
+    for size in ARTIFACTS
+    for way in ("up", "down")
+}
+WORKLOADS["artifact_memory"] = Workload("MLflow: memory added by 2 GB up, down", "MiB", 100, against="alone")
+MLFLOW = {"log_batch", "create_run", "search", "mlflow_memory", "artifact_memory"} | {
+    name for name in WORKLOADS if name.startswith(("up_", "down_"))
+}
 """For these the peer is `mlflow server`; its Airflow is not needed."""
 
 
@@ -105,14 +118,14 @@ class Bench:
                 continue
             fresh_dags()
             try:
-                self._one_side(side)
+                self._one_side(side, number)
                 if side is self.ours:
                     self._mlflow()
             finally:
                 self.peer_mlflow.clean()
                 side.clean()
 
-    def _one_side(self, side: Side) -> None:
+    def _one_side(self, side: Side, number: int) -> None:
         side.clean()
         if "cold_start" not in self.measured:
             with step(f"{side.name}: start"):
@@ -128,11 +141,31 @@ class Bench:
                 with step(f"{side.name}: idle, once its start is over"):
                     time.sleep(60)
                     found = workloads.idle(120)(side.project)
-                for name in {"idle_cpu", "idle_memory"} & set(self.measured):
-                    getattr(self.measured[name], side.name).append(found[name])
+                self._keep(side.name, found)
             for name, measure in self.airflow.items():
                 self._take(side.name, name, partial(measure, airflow))
             self._take(side.name, "memory_after", lambda: workloads.memory_now(side.project))
+            if not self.quick and not number and {"load_run", "load_memory"} & set(self.measured):
+                self._load(side, airflow)
+            if side is self.ours and "large_cpu" in self.airflow:
+                alone = partial(self.ours.python_alone, fibonacci=33, times=10)
+                self._take("floor", "large_cpu", lambda: Sample(alone(), "10 success"))
+
+    def _load(self, side: Side, airflow: Airflow) -> None:
+        """A quarter of an hour: in the first round only."""
+        with step(f"{side.name}: 10 minutes of load"):
+            try:
+                found = workloads.load(side.project, dags=100, tasks=5, minutes=10)(airflow)
+            except (StackError, httpx.HTTPError, ValueError) as error:
+                for name in {"load_run", "load_memory"} & set(self.measured):
+                    self.measured[name].problems.append(f"{side.name} failed: {str(error).splitlines()[0]}")
+                say(f"    failed: {error}")
+                return
+        self._keep(side.name, found)
+
+    def _keep(self, side: str, found: dict[str, Sample]) -> None:
+        for name in set(found) & set(self.measured):
+            getattr(self.measured[name], side).append(found[name])
 
     def _mlflow(self) -> None:
         if not (MLFLOW | {"idle_memory"}) & set(self.measured):
@@ -162,17 +195,28 @@ class Bench:
         if "idle_memory" in self.measured:
             self._peer_mlflow_idle = servers["peer"].memory()
         few = 20 if self.quick else 400
-        artifact = WORK / "artifact"
-        with artifact.open("wb") as file:
-            for _ in range(1 if self.quick else 100):
-                file.write(os.urandom(10**6))
         for side, server in servers.items():
             self._take(side, "create_run", partial(server.create_run, few))
             self._take(side, "log_batch", partial(server.log_batch, few))
             self._take(side, "search", partial(server.search, few // 10))
-            self._take(side, "upload", partial(server.upload, artifact))
-            self._take(side, "download", partial(server.download, artifact))
             self._take(side, "mlflow_memory", server.memory_after)
+        self._artifacts({**servers, "floor": Store(ours.address("minio"), ours.secret("mlflow_s3_secret"))})
+
+    def _artifacts(self, places: dict[str, Tracking | Store]) -> None:
+        """Each size through each, in turn: what the machine does meanwhile meets all of them."""
+        for size, length in ARTIFACTS.items():
+            up, down = f"up_{size}", f"down_{size}"
+            if not {up, down} & set(self.measured) or (self.quick and length > 10**6):
+                continue
+            file = artifact(length)
+            for side, place in places.items():
+                watched = place.watched() if isinstance(place, Tracking) else contextlib.nullcontext([0, 0])
+                with watched as memory:
+                    if self._take(side, up, partial(place.upload, file)):
+                        self._take(side, down, partial(place.download, file))
+                if length == max(ARTIFACTS.values()) and isinstance(place, Tracking):
+                    self._keep(side, {"artifact_memory": Sample((memory[1] - memory[0]) / MIB, f"{length} bytes")})
+            file.unlink()
 
     def finish(self) -> None:
         """The peer's memory is Airflow's and MLflow's together, as ours is."""
@@ -190,6 +234,16 @@ class Bench:
         for side in (self.peer_mlflow, self.peer, self.ours):
             side.clean()
         shutil.rmtree(WORK, ignore_errors=True)
+
+
+def artifact(length: int) -> Path:
+    """A file of that many bytes, which no compression makes smaller."""
+    path = WORK / f"artifact-{length}"
+    block = os.urandom(10**6)
+    with path.open("wb") as file:
+        for _ in range(length // len(block)):
+            file.write(block)
+    return path
 
 
 def about(rounds: int, images: dict[str, str]) -> dict[str, object]:

@@ -57,6 +57,10 @@ class Usage:
     """Bytes of anonymous memory, page cache left out."""
     by_service: dict[str, tuple[float, int]]
 
+    def mib(self) -> dict[str, float]:
+        """Memory of each service in MiB."""
+        return {name: round(used / 2**20, 1) for name, (_, used) in self.by_service.items()}
+
 
 def usage(*projects: str) -> Usage:
     """CPU and memory of all running containers of some projects, from the engine's own accounting."""
@@ -139,6 +143,13 @@ class Ours(Side):
 
     def airflow(self) -> Airflow:
         return Airflow(f"http://localhost:{self.ports[0]}", "admin", self.secret("admin_password"))
+
+    def python_alone(self, *, fibonacci: int, times: int) -> float:
+        """Seconds of the chain's work in one Python process of the worker's container: no platform at all."""
+        code = f"f = lambda n: n if n < 2 else f(n - 1) + f(n - 2)\nfor _ in range({times}): f({fibonacci})"
+        started = time.monotonic()
+        capture(["docker", "exec", self.compose.container("airflow-worker").name, "python3", "-c", code], timeout=900)
+        return time.monotonic() - started
 
     @property
     def compose(self) -> Compose:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -15,6 +16,8 @@ from stack.airflow import Airflow
 from stack.errors import Exit, StackError
 
 PATIENCE_S = 900
+SETTLE_S = 60
+"""After a burst, until what can be given back has been."""
 MIB = 2**20
 
 
@@ -31,19 +34,45 @@ class Sample:
 Measure = Callable[[Airflow], Sample]
 
 
+EDITED = (
+    "from airflow.sdk import dag, task\n\n"
+    '@dag(dag_id="{dag_id}", tags=["{tag}"])\ndef made():\n    @task\n    def nothing(number):\n'
+    "        pass\n    for number in range({tasks}):\n        nothing(number)\n\nmade()\n"
+)
+
+
+def write_dags(prefix: str, files: int, *, tag: str, tasks: int = 1) -> list[str]:
+    """DAG files with one DAG each, in the folder of both sides; their DAG ids."""
+    dag_ids = [f"{prefix}_{number:03}" for number in range(files)]
+    for dag_id in dag_ids:
+        text = EDITED.format(dag_id=dag_id, tag=tag, tasks=tasks)
+        (DAGS / f"{dag_id}.py").write_text(text, encoding="utf-8")
+    return dag_ids
+
+
+def until_visible(airflow: Airflow, tag: str, files: int) -> None:
+    """Waits until the API shows that many DAGs with a tag."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (seen := airflow.call("GET", "/dags", params={"tags": tag, "limit": 1})["total_entries"]) < files:
+        if time.monotonic() > deadline:
+            raise StackError(
+                "E-BENCH",
+                f"{seen} of {files} DAG files were visible after {PATIENCE_S} s",
+                why="the DAG processor did not read them in time",
+                fix="see the DAG processor's log",
+                exit_code=Exit.TIMED_OUT,
+            )
+        time.sleep(0.2)
+
+
 def moment(text: str) -> float:
     """Seconds since 1970 of an API's time."""
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
-def run_dag(airflow: Airflow, dag_id: str, conf: dict[str, Any] | None = None) -> tuple[float, Counter[str]]:
-    """Runs a DAG; seconds from the trigger to its end, and how many instances ended in which state."""
-    airflow.wait_for_dag(dag_id, patience=PATIENCE_S)
-    airflow.set_paused(dag_id, False)
-    asked = time.time()
-    run_id = airflow.trigger(dag_id, conf)
-    state = airflow.follow(dag_id, run_id, patience=PATIENCE_S)
-    run = airflow.call("GET", f"/dags/{dag_id}/dagRuns/{run_id}")
+def follow(airflow: Airflow, dag_id: str, run_id: str, patience: float = PATIENCE_S) -> float:
+    """Waits for a run; when it ended. Raises StackError where it failed."""
+    state = airflow.follow(dag_id, run_id, patience=patience)
     if state != "success":
         raise StackError(
             "E-BENCH",
@@ -52,8 +81,18 @@ def run_dag(airflow: Airflow, dag_id: str, conf: dict[str, Any] | None = None) -
             fix="see its logs in the side's web pages",
             exit_code=Exit.FAILED,
         )
+    return moment(airflow.call("GET", f"/dags/{dag_id}/dagRuns/{run_id}")["end_date"])
+
+
+def run_dag(airflow: Airflow, dag_id: str, conf: dict[str, Any] | None = None) -> tuple[float, Counter[str]]:
+    """Runs a DAG; seconds from the trigger to its end, and how many instances ended in which state."""
+    airflow.wait_for_dag(dag_id, patience=PATIENCE_S)
+    airflow.set_paused(dag_id, False)
+    asked = time.time()
+    run_id = airflow.trigger(dag_id, conf)
+    ended = follow(airflow, dag_id, run_id)
     states = Counter(str(one["state"]) for one in airflow.task_instances(dag_id, run_id))
-    return moment(run["end_date"]) - asked, states
+    return ended - asked, states
 
 
 def dag(dag_id: str, conf: dict[str, Any] | None = None, *, warm: bool = True) -> Measure:
@@ -80,10 +119,9 @@ def idle(seconds: float) -> Callable[..., dict[str, Sample]]:
             name: round((after.by_service[name][0] - before.by_service.get(name, (0.0, 0))[0]) / took, 4)
             for name in after.by_service
         }
-        memory = {name: round(used / MIB, 1) for name, (_, used) in after.by_service.items()}
         return {
             "idle_cpu": Sample(sum(cores.values()), "idle", {"cores": cores}),
-            "idle_memory": Sample(after.memory / MIB, "idle", {"MiB": memory}),
+            "idle_memory": Sample(after.memory / MIB, "idle", {"MiB": after.mib()}),
         }
 
     return measure
@@ -92,8 +130,7 @@ def idle(seconds: float) -> Callable[..., dict[str, Sample]]:
 def memory_now(project: str) -> Sample:
     """MiB now: after whatever ran before."""
     now = usage(project)
-    each = {name: round(used / MIB, 1) for name, (_, used) in now.by_service.items()}
-    return Sample(now.memory / MIB, "after the runs before", {"MiB": each})
+    return Sample(now.memory / MIB, "after the runs before", {"MiB": now.mib()})
 
 
 def trigger_to_start(samples: int) -> Measure:
@@ -119,40 +156,72 @@ def trigger_to_start(samples: int) -> Measure:
 
 def edits(files: int) -> Measure:
     """Seconds from the edit of many DAG files to the moment when the API shows the last one."""
-    text = (
-        "from airflow.sdk import dag, task\n\n"
-        '@dag(dag_id="bench_edit_{number:03}", tags=["{tag}"])\ndef made():\n    @task\n    def nothing():\n'
-        "        pass\n    nothing()\n\nmade()\n"
-    )
-
-    def write(tag: str) -> float:
-        for number in range(files):
-            (DAGS / f"bench_edit_{number:03}.py").write_text(text.format(number=number, tag=tag))
-        return time.time()
-
-    def visible(airflow: Airflow, tag: str) -> int:
-        found = airflow.call("GET", "/dags", params={"tags": tag, "limit": 1})
-        return int(found["total_entries"])
-
-    def until(airflow: Airflow, tag: str) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while (seen := visible(airflow, tag)) < files:
-            if time.monotonic() > deadline:
-                raise StackError(
-                    "E-BENCH",
-                    f"{seen} of {files} edited DAG files were visible after {PATIENCE_S} s",
-                    why="the DAG processor did not read them in time",
-                    fix="see the DAG processor's log",
-                    exit_code=Exit.TIMED_OUT,
-                )
-            time.sleep(0.2)
 
     def measure(airflow: Airflow) -> Sample:
         stamp = f"{time.time():.0f}"
-        write(f"old{stamp}")
-        until(airflow, f"old{stamp}")
-        edited = write(f"new{stamp}")
-        until(airflow, f"new{stamp}")
+        write_dags("bench_edit", files, tag=f"old{stamp}")
+        until_visible(airflow, f"old{stamp}", files)
+        write_dags("bench_edit", files, tag=f"new{stamp}")
+        edited = time.time()
+        until_visible(airflow, f"new{stamp}", files)
         return Sample(time.time() - edited, f"{files} files")
+
+    return measure
+
+
+def load(project: str, *, dags: int, tasks: int, minutes: int) -> Callable[[Airflow], dict[str, Sample]]:
+    """Each minute a run of every DAG, for a while: what memory that leaves behind, and how long a run takes
+    at its beginning and at its end. Warmed up by one run of every DAG."""
+
+    def ended(airflow: Airflow, dag_ids: list[str], runs: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        asked = {"dag_ids": dag_ids, "states": ["success", "failed"], "page_limit": 1}
+        while (seen := airflow.call("POST", "/dags/~/dagRuns/list", json=asked)["total_entries"]) < runs:
+            if time.monotonic() > deadline:
+                raise StackError(
+                    "E-BENCH",
+                    f"{seen} of {runs} runs had ended {PATIENCE_S} s after the last was triggered",
+                    why="the side does less than it is asked to",
+                    fix="none: it is what was to be found out",
+                    exit_code=Exit.TIMED_OUT,
+                )
+            time.sleep(1)
+
+    def run_seconds(airflow: Airflow, triggered: list[tuple[str, str]]) -> tuple[list[float], Counter[str]]:
+        runs = [airflow.call("GET", f"/dags/{dag_id}/dagRuns/{run_id}") for dag_id, run_id in triggered]
+        return (
+            [moment(run["end_date"]) - moment(run["queued_at"]) for run in runs],
+            Counter(str(run["state"]) for run in runs),
+        )
+
+    def measure(airflow: Airflow) -> dict[str, Sample]:
+        tag = f"load{time.time():.0f}"
+        dag_ids = write_dags("bench_load", dags, tag=tag, tasks=tasks)
+        until_visible(airflow, tag, dags)
+        with ThreadPoolExecutor(8) as pool:
+
+            def trigger_all() -> list[tuple[str, str]]:
+                return list(pool.map(lambda dag_id: (dag_id, airflow.trigger(dag_id)), dag_ids))
+
+            list(pool.map(lambda dag_id: airflow.set_paused(dag_id, False), dag_ids))
+            trigger_all()
+            ended(airflow, dag_ids, dags)
+            time.sleep(SETTLE_S)
+            before, started = usage(project), time.monotonic()
+            triggered = []
+            for minute in range(minutes):
+                time.sleep(max(0.0, started + 60 * minute - time.monotonic()))
+                triggered.append(trigger_all())
+        ended(airflow, dag_ids, dags * (minutes + 1))
+        took = time.monotonic() - started
+        time.sleep(SETTLE_S)
+        after = usage(project)
+        seconds, states = zip(*(run_seconds(airflow, one) for one in triggered), strict=True)
+        work = f"{minutes} x {dags} runs of {tasks} tasks: {dict(sum(states, Counter()))}"
+        medians = [round(statistics.median(one), 2) for one in seconds]
+        return {
+            "load_memory": Sample((after.memory / before.memory - 1) * 100, work, {"MiB": [before.mib(), after.mib()]}),
+            "load_run": Sample(medians[-1], work, {"median of each minute": medians, "all in": round(took, 1)}),
+        }
 
     return measure

@@ -1,5 +1,5 @@
-"""What taskguard relies on without a public promise, each by its name: a new Airflow that changes one
-of these is noticed here first, not in a task that went unwatched."""
+"""What taskguard and wakeup rely on without a public promise, each by its name: a new Airflow that changes
+one of these is noticed here first, not in a task that went unwatched or a scheduler that became slow."""
 
 from __future__ import annotations
 
@@ -82,3 +82,32 @@ def test_an_operators_resources_reach_the_task(stack: StackUnderTest) -> None:
         "assert made.resources.ram.qty == 700\n"
         "assert EmptyOperator(task_id='b').resources is None\n",
     )
+
+
+def test_the_schedulers_pause_is_found_in_its_module(stack: StackUnderTest) -> None:
+    """wakeup.scheduler puts a clock of its own in the place of `time` there."""
+    told = stack.python(
+        "airflow-scheduler",
+        "import inspect, time\n"
+        "from airflow.jobs import scheduler_job_runner as module\n"
+        "assert module.time is time\n"
+        "text = inspect.getsource(module.SchedulerJobRunner._run_scheduler_loop)\n"
+        "assert 'time.sleep(min(self._scheduler_idle_sleep_time, next_event or 0))' in text\n",
+    )
+    assert told.code == 0, told.output
+
+
+def test_celery_keeps_result_connections_where_it_was_forked(stack: StackUnderTest) -> None:
+    """wakeup.scheduler says so of the scheduler."""
+    told = stack.python(
+        "airflow-scheduler",
+        "from airflow.providers.celery.executors.celery_executor_utils import app\n"
+        "from wakeup import scheduler\n"
+        "def engine():\n"
+        "    with app.backend.ResultSession() as session:\n"
+        "        return session.get_bind()\n"
+        "assert engine() is not engine()\n"
+        "scheduler.keep_result_connection()\n"
+        "assert engine() is engine()\n",
+    )
+    assert told.code == 0, told.output

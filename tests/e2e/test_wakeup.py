@@ -1,0 +1,105 @@
+"""The scheduler hears from the database that there is something to do (dockerfiles/airflow/wakeup)."""
+
+from __future__ import annotations
+
+import select
+import shutil
+from collections.abc import Iterator
+
+import psycopg2
+import pytest
+
+from stack.airflow import Airflow
+from stack.instance import ROOT
+from tests.support import StackUnderTest, wait_until
+
+DAG_ID = "bench_one"
+LISTENERS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'wakeup'"
+
+
+@pytest.fixture(scope="module")
+def database(stack: StackUnderTest) -> Iterator[psycopg2.extensions.connection]:
+    connection = psycopg2.connect(
+        host=stack.address("postgres"), user="airflow", dbname="airflow", password=stack.secret("airflow_db_password")
+    )
+    connection.autocommit = True
+    yield connection
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def one_task(stack: StackUnderTest, airflow: Airflow) -> Iterator[str]:
+    """A DAG of one task that does nothing."""
+    target = stack.clone / "dags" / f"{DAG_ID}.py"
+    shutil.copy(ROOT / f"bench/dags/{DAG_ID}.py", target)
+    airflow.wait_for_dag(DAG_ID)
+    airflow.set_paused(DAG_ID, False)
+    yield DAG_ID
+    target.unlink()
+
+
+def listeners(database: psycopg2.extensions.connection) -> list[int]:
+    """The scheduler's connections that wait for a word."""
+    with database.cursor() as cursor:
+        cursor.execute(LISTENERS)
+        return [pid for (pid,) in cursor.fetchall()]
+
+
+def words(database: psycopg2.extensions.connection, patience: float) -> int:
+    """How many words there were, waiting for the first at the most `patience` seconds."""
+    select.select([database], [], [], patience)
+    database.poll()
+    count = len(database.notifies)
+    database.notifies.clear()
+    return count
+
+
+def test_a_new_run_and_a_task_that_ended_are_told(
+    database: psycopg2.extensions.connection, airflow: Airflow, one_task: str
+) -> None:
+    """Nothing else is: not what the scheduler writes itself on a task's way."""
+    with database.cursor() as cursor:
+        cursor.execute("LISTEN stack_wakeup")
+    words(database, 0)
+    airflow.set_paused(one_task, True)
+    run_id = airflow.trigger(one_task)
+    assert words(database, 10) == 1
+    airflow.set_paused(one_task, False)
+    assert airflow.follow(one_task, run_id, patience=60) == "success"
+    assert words(database, 10) == 1
+    with database.cursor() as cursor:
+        cursor.execute("UNLISTEN stack_wakeup")
+
+
+def test_the_scheduler_listens_and_listens_again(
+    database: psycopg2.extensions.connection, airflow: Airflow, one_task: str
+) -> None:
+    """Its connection lost, it goes on by the clock, and has another one soon."""
+    (first,) = wait_until(lambda: listeners(database), 30, "the scheduler listens")
+    with database.cursor() as cursor:
+        cursor.execute("SELECT pg_terminate_backend(%s)", (first,))
+    assert airflow.follow(one_task, airflow.trigger(one_task), patience=60) == "success"
+    wait_until(lambda: listeners(database) not in ([], [first]), 30, "the scheduler listens again")
+
+
+def test_a_pause_ends_with_a_word(stack: StackUnderTest) -> None:
+    """And lasts its time without one; with the database away it is a plain one."""
+    told = stack.python(
+        "airflow-scheduler",
+        "import time\n"
+        "import sqlalchemy\n"
+        "from airflow.configuration import conf\n"
+        "from wakeup.scheduler import Clock\n"
+        "url = conf.get('database', 'sql_alchemy_conn')\n"
+        "clock, engine = Clock(url), sqlalchemy.create_engine(url, isolation_level='AUTOCOMMIT')\n"
+        "clock.sleep(9)\n"
+        "begun = time.monotonic()\n"
+        "with engine.connect() as other: other.execute(sqlalchemy.text('NOTIFY stack_wakeup'))\n"
+        "clock.sleep(9)\n"
+        "assert time.monotonic() - begun < 5\n"
+        "away = Clock(url.replace('@postgres:5432', '@127.0.0.1:1'))\n"
+        "begun = time.monotonic()\n"
+        "away.sleep(0.5)\n"
+        "assert 0.5 <= time.monotonic() - begun < 5\n",
+    )
+    assert told.code == 0, told.output

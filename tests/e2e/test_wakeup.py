@@ -33,7 +33,6 @@ def one_task(stack: StackUnderTest, airflow: Airflow) -> Iterator[str]:
     target = stack.clone / "dags" / f"{DAG_ID}.py"
     shutil.copy(ROOT / f"bench/dags/{DAG_ID}.py", target)
     airflow.wait_for_dag(DAG_ID)
-    airflow.set_paused(DAG_ID, False)
     yield DAG_ID
     target.unlink()
 
@@ -75,6 +74,7 @@ def test_the_scheduler_listens_and_listens_again(
     database: psycopg2.extensions.connection, airflow: Airflow, one_task: str
 ) -> None:
     """Its connection lost, it goes on by the clock, and has another one soon."""
+    airflow.set_paused(one_task, False)
     (first,) = wait_until(lambda: listeners(database), 30, "the scheduler listens")
     with database.cursor() as cursor:
         cursor.execute("SELECT pg_terminate_backend(%s)", (first,))

@@ -39,6 +39,8 @@ MODULES = (
     "airflow.sdk.execution_time.supervisor",
     "airflow.sdk.execution_time.task_runner",
     "airflow.sdk.execution_time.secrets_masker",
+    "airflow.sdk.definitions.asset.metadata",
+    "airflow.sdk.definitions.decorators",
     "airflow.providers.standard.operators.python",
     "airflow.providers.standard.operators.bash",
     "airflow.providers.standard.operators.empty",
@@ -55,10 +57,10 @@ _clearing: subprocess.Popen[bytes] | None = None
 _cleared_at = -float("inf")
 
 
-def imported_by(folder: Path) -> set[str]:
-    """The modules of Airflow and its providers that the DAG files of a folder name. Only read, not
-    run; a file that cannot be read is the DAG processor's to report."""
-    found: set[str] = set()
+def imported_by(folder: Path) -> set[tuple[str, str]]:
+    """What the DAG files of a folder import of Airflow and its providers: modules, and names in them or "".
+    Only read, not run; a file that cannot be read is the DAG processor's to report."""
+    found: set[tuple[str, str]] = set()
     for path in sorted(folder.rglob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -66,19 +68,22 @@ def imported_by(folder: Path) -> set[str]:
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
+                found |= {(alias.name, "") for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found.add(node.module)
-    return {name for name in found if name.startswith(("airflow.providers.", "airflow.sdk"))}
+                found |= {(node.module, alias.name) for alias in node.names}
+    return {one for one in found if one[0].startswith(("airflow.providers.", "airflow.sdk"))}
 
 
 @worker_init.connect
 def preload(**_: object) -> None:
     """Imports MODULES and what the DAGs use, and moves everything alive out of the collector's
     sight, so that a forked child does not copy pages merely by collecting garbage."""
-    for module in (*MODULES, *sorted(imported_by(DAGS))):
+    for module, name in (*((module, "") for module in MODULES), *sorted(imported_by(DAGS))):
         try:
-            importlib.import_module(module)
+            imported = importlib.import_module(module)
+            if name:
+                # airflow.sdk imports most of what it offers when it is asked for it.
+                getattr(imported, name, None)
         except Exception as error:
             # A provider that cannot be imported fails in its task, with a log that says so.
             log.warning("not preloaded: %s", error)

@@ -206,7 +206,7 @@ def _with_worker(sizing: Sizing, limit: int, budget: int) -> Sizing:
             "E-MEM-WORKER",
             f"WORKER_MEMORY is {limit} MiB; it can be {worker.floor} to {most} MiB here",
             why="less is too little for two tasks, more would take from the other services what they need",
-            fix="correct WORKER_MEMORY in stack.env, or leave it empty",
+            fix="correct WORKER_MEMORY in stack.env (with its unit, as in 2g), or leave it empty",
         )
     given = worker.model_copy(update={"floor": limit, "cap": limit})
     return sizing.model_copy(update={"services": sizing.services | {"worker": given}})
@@ -221,7 +221,7 @@ def _slots(worker: WorkerSizing, limit: int, cpus: float, task: int | None) -> t
             "E-MEM-TASK",
             f"TASK_MEMORY is {task} MiB; it can be {MIN_TASK_MIB} to {most} MiB here",
             why="less is too little to start, more is not there even for a single task",
-            fix="correct TASK_MEMORY in stack.env, or leave it empty; a single large task is better given "
+            fix="correct TASK_MEMORY in stack.env (with its unit, as in 400m), or leave it empty; a single large task is better given "
             'resources={"ram": ...} in its DAG',
         )
     by_memory = for_slots // (worker.slot + (task or worker.task))

@@ -221,8 +221,8 @@ def _slots(worker: WorkerSizing, limit: int, cpus: float, task: int | None) -> t
             "E-MEM-TASK",
             f"TASK_MEMORY is {task} MiB; it can be {MIN_TASK_MIB} to {most} MiB here",
             why="less is too little to start, more is not there even for a single task",
-            fix="correct TASK_MEMORY in stack.env (with its unit, as in 400m), or leave it empty; a single large task is better given "
-            'resources={"ram": ...} in its DAG',
+            fix="correct TASK_MEMORY in stack.env (with its unit, as in 400m), or leave it empty; a single large "
+            'task is better given resources={"ram": ...} in its DAG',
         )
     by_memory = for_slots // (worker.slot + (task or worker.task))
     by_cpu = math.ceil(cpus * worker.slots_per_cpu)

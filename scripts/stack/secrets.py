@@ -15,6 +15,7 @@ import json
 import secrets as random
 import string
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from stack.errors import StackError
@@ -24,10 +25,10 @@ _MODE = 0o444
 _ALPHABET = string.ascii_letters + string.digits
 
 
-def _password() -> str:
+def _password(length: int = 33) -> str:
     # 33 characters of 62: 196 bits, and none that a URL, an ini file or a command line would read
     # as something else (a leading dash, say).
-    return "".join(random.choice(_ALPHABET) for _ in range(33))
+    return "".join(random.choice(_ALPHABET) for _ in range(length))
 
 
 def _fernet_key() -> str:
@@ -47,7 +48,8 @@ PRIMARY: Mapping[str, Callable[[], str]] = {
     "airflow_logs_s3_secret": _password,
     "pipelines_s3_secret": _password,
     "fernet_key": _fernet_key,
-    "jwt_secret": _password,
+    # Signs with SHA-512, and warns in each log of less than its 64 bytes.
+    "jwt_secret": partial(_password, 64),
     "api_secret_key": _password,
     "mlflow_flask_secret": _password,
     "mlflow_kek_passphrase": _password,

@@ -383,6 +383,21 @@ def leaks() -> None:
     it.expand(number=list(range(200)))
 
 
+@dag(dag_id="fault_behind", params={"tasks": Param(3)}, max_active_tasks=64)
+def behind() -> None:
+    """More long tasks than there are slots."""
+
+    @task
+    def numbers() -> list[int]:
+        return list(range(get_current_context()["params"]["tasks"]))
+
+    @task(retries=0)
+    def it(number: int) -> None:
+        time.sleep(430)
+
+    it.expand(number=numbers())
+
+
 @dag(dag_id="fault_many", params={"tasks": Param(1000)}, max_active_tasks=64)
 def many() -> None:
     @task
@@ -403,4 +418,5 @@ twice()
 queue()
 come_back()
 leaks()
+behind()
 many()

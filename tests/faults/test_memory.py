@@ -317,6 +317,14 @@ def test_a_lost_worker_comes_back(stack: StackUnderTest, play: Callable[..., Out
 
 
 @pytest.mark.long
+def test_who_stands_behind_long_tasks_gets_a_turn(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
+    """In the queue for longer than three times task_queued_timeout: it is not failed, and was tried once."""
+    slots = int(stack.compose.values["WORKER_CONCURRENCY"])
+    ended = play("behind", patience=1500, conf={"tasks": slots + 1})
+    assert (ended.state, ended.tries) == ("success", 1)
+
+
+@pytest.mark.long
 @pytest.mark.usefixtures("unharmed")
 def test_leaks_end_with_their_task(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
     """200 tasks that each keep 16 MiB in a module: the worker's own memory stays what it was. Warmed up

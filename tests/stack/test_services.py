@@ -109,54 +109,6 @@ for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
     assert "huey" not in processes
 
 
-SHARING = r"""
-import asyncio, collections, pathlib, subprocess, sys, time
-
-folder = pathlib.Path("/tmp/sharing")
-folder.mkdir(exist_ok=True)
-(folder / "pids.py").write_text('''
-import os
-async def app(scope, receive, send):
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"6")]})
-    await send({"type": "http.response.body", "body": f"{os.getpid():6}".encode()})
-''')
-words = ["pids:app", "--app-dir", str(folder), "--port", "5999", "--workers", "2", "--lifespan", "off"]
-server = subprocess.Popen([sys.executable, "-m", "uvicorn", *words, "--no-access-log", "--loop", sys.argv[1]])
-
-async def one():
-    reader, writer = await asyncio.open_connection("127.0.0.1", 5999)
-    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    await reader.readuntil(b"\r\n\r\n")
-    return writer, int(await reader.readexactly(6))
-
-async def ask(count):
-    found = await asyncio.gather(*(one() for _ in range(count)))
-    for writer, _ in found:
-        writer.close()
-    return collections.Counter(pid for _, pid in found)
-
-try:
-    deadline, seen = time.monotonic() + 40, set()
-    while len(seen) < 2 and time.monotonic() < deadline:
-        try:
-            seen |= set(asyncio.run(ask(4)))
-        except OSError:
-            time.sleep(0.2)
-    print("COUNTS", *asyncio.run(ask(48)).values())
-finally:
-    server.terminate()
-    server.wait(20)
-"""
-
-
-def test_mlflow_processes_share_clients_that_come_at_once(stack: StackUnderTest) -> None:
-    """Two processes with the server's event loop, and 48 clients that keep their connections."""
-    (loop,) = re.findall(r"--loop (\S+)", (ROOT / "dockerfiles/mlflow/mlflow-server").read_text())
-    said = stack.exec("mlflow", "python3", "-c", SHARING, loop).output
-    (counts,) = re.findall(r"^COUNTS (\d+) (\d+)$", said, re.MULTILINE)
-    assert min(int(count) for count in counts) >= 4, said
-
-
 def test_airflow_health(stack: StackUnderTest) -> None:
     """Airflow itself says that database, scheduler, triggerer and DAG processor are healthy."""
     health = httpx.get(f"{stack.airflow_url}/api/v2/monitor/health").json()

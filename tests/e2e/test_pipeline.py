@@ -114,14 +114,14 @@ def test_rows_are_in_postgres(stack: StackUnderTest, finished: dict[str, Any]) -
 
 
 def test_the_task_log_comes_from_s3(stack: StackUnderTest, airflow: Airflow, finished: dict[str, Any]) -> None:
-    """The API server shows a task's log from the bucket, where alone it is."""
+    """The API server shows a task's log from the bucket, where alone it is: the file in the worker is empty."""
     path = f"dag_id={DAG_ID}/run_id={finished['run_id']}/task_id=ingest/attempt=1.log"
     log = airflow.task_log(DAG_ID, finished["run_id"], "ingest")
     assert f"s3://airflow-logs/tasks/{path}" in log
     assert "569 rows written" in log
     stored = s3(stack, "airflow-logs").get_object(Bucket="airflow-logs", Key=f"tasks/{path}")["Body"].read()
     assert b"569 rows written" in stored
-    assert stack.exec("airflow-worker", "test", "-e", f"/opt/airflow/logs/{path}").code != 0
+    assert stack.exec("airflow-worker", "test", "-s", f"/opt/airflow/logs/{path}").code != 0
 
 
 def test_damaged_data_stops_the_run_before_training(

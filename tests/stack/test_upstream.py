@@ -111,3 +111,16 @@ def test_celery_keeps_result_connections_where_it_was_forked(stack: StackUnderTe
         "assert engine() is engine()\n",
     )
     assert told.code == 0, told.output
+
+
+def test_the_scheduler_reads_how_often_a_queued_task_is_queued_again(stack: StackUnderTest) -> None:
+    """[scheduler] num_stuck_in_queued_retries stands in its code and nowhere else."""
+    told = stack.python(
+        "airflow-scheduler",
+        "import inspect\n"
+        "from airflow.jobs.scheduler_job_runner import SchedulerJobRunner as runner\n"
+        "assert 'key=\"num_stuck_in_queued_retries\"' in inspect.getsource(runner.__init__)\n"
+        "text = inspect.getsource(runner._maybe_requeue_stuck_ti)\n"
+        "assert 'num_times_stuck < self._num_stuck_queued_retries' in text\n",
+    )
+    assert told.code == 0, told.output

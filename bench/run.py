@@ -55,13 +55,17 @@ WORKLOADS = {
     "mlflow_memory": Workload("MLflow: memory after these", "MiB", 0.5),
 }
 ARTIFACTS = {"1MB": 10**6, "100MB": 10**8, "2GB": 2 * 10**9}
-WORKLOADS |= {
-    f"{way}_{size}": Workload(
-        f"MLflow: {size} {way}", "MB/s", 0.7, more_is_better=True, against="floor", floor="the object store itself"
-    )
-    for size in ARTIFACTS
-    for way in ("up", "down")
-}
+
+
+def _artifact(way: str, size: str) -> Workload:
+    title, floor = f"MLflow: {size} {way}", "the object store itself"
+    if size == "1MB":
+        # All request and no transfer: there the other server is the measure.
+        return Workload(title, "MB/s", 1.0, more_is_better=True, floor=floor)
+    return Workload(title, "MB/s", 0.7, more_is_better=True, against="floor", floor=floor)
+
+
+WORKLOADS |= {f"{way}_{size}": _artifact(way, size) for size in ARTIFACTS for way in ("up", "down")}
 WORKLOADS["artifact_memory"] = Workload("MLflow: memory added by 2 GB up, down", "MiB", 100, against="alone")
 MLFLOW = {"log_batch", "create_run", "search", "mlflow_memory", "artifact_memory"} | {
     name for name in WORKLOADS if name.startswith(("up_", "down_"))

@@ -58,9 +58,10 @@ def play(stack: StackUnderTest, airflow: Airflow) -> Iterator[Callable[..., Outc
         tries = range(1, last["try_number"] + 1)
 
         def stored(attempt: int) -> str:
-            # The run is over moments before the pool process has sent the last log to the store.
+            # The run is over moments before the pool process has written the last words of a log and sent
+            # it to the store.
             log = airflow.task_log(dag_id, run_id, last["task_id"], attempt=attempt, **words)
-            return "" if "Could not read served logs" in log else log
+            return log if "s3://" in log.partition("::endgroup::")[0] else ""
 
         logs = [
             wait_until(partial(stored, number), 60, f"the log of attempt {number} of {dag_id} in the store")

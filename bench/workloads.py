@@ -50,19 +50,28 @@ def write_dags(prefix: str, files: int, *, tag: str, tasks: int = 1) -> list[str
     return dag_ids
 
 
-def until_visible(airflow: Airflow, tag: str, files: int) -> None:
-    """Waits until the API shows that many DAGs with a tag."""
+def until(count: Callable[[], int], wanted: int, what: str, why: str, look_every: float) -> None:
+    """Waits until there are as many as wanted. Raises StackError after PATIENCE_S."""
     deadline = time.monotonic() + PATIENCE_S
-    while (seen := airflow.call("GET", "/dags", params={"tags": tag, "limit": 1})["total_entries"]) < files:
+    while (seen := count()) < wanted:
         if time.monotonic() > deadline:
             raise StackError(
                 "E-BENCH",
-                f"{seen} of {files} DAG files were visible after {PATIENCE_S} s",
-                why="the DAG processor did not read them in time",
-                fix="see the DAG processor's log",
+                f"{seen} of {wanted} {what} after {PATIENCE_S} s",
+                why=why,
+                fix="see the side's logs, or find that it is what was to be found out",
                 exit_code=Exit.TIMED_OUT,
             )
-        time.sleep(0.2)
+        time.sleep(look_every)
+
+
+def until_visible(airflow: Airflow, tag: str, files: int) -> None:
+    """Waits until the API shows that many DAGs with a tag."""
+
+    def visible() -> int:
+        return int(airflow.call("GET", "/dags", params={"tags": tag, "limit": 1})["total_entries"])
+
+    until(visible, files, "DAG files were visible", "the DAG processor did not read them in time", 0.2)
 
 
 def moment(text: str) -> float:
@@ -174,18 +183,12 @@ def load(project: str, *, dags: int, tasks: int, minutes: int) -> Callable[[Airf
     at its beginning and at its end. Warmed up by one run of every DAG."""
 
     def ended(airflow: Airflow, dag_ids: list[str], runs: int) -> None:
-        deadline = time.monotonic() + PATIENCE_S
         asked = {"dag_ids": dag_ids, "states": ["success", "failed"], "page_limit": 1}
-        while (seen := airflow.call("POST", "/dags/~/dagRuns/list", json=asked)["total_entries"]) < runs:
-            if time.monotonic() > deadline:
-                raise StackError(
-                    "E-BENCH",
-                    f"{seen} of {runs} runs had ended {PATIENCE_S} s after the last was triggered",
-                    why="the side does less than it is asked to",
-                    fix="none: it is what was to be found out",
-                    exit_code=Exit.TIMED_OUT,
-                )
-            time.sleep(1)
+
+        def count() -> int:
+            return int(airflow.call("POST", "/dags/~/dagRuns/list", json=asked)["total_entries"])
+
+        until(count, runs, "runs had ended", "the side does less than it is asked to", 1)
 
     def run_seconds(airflow: Airflow, triggered: list[tuple[str, str]]) -> tuple[list[float], Counter[str]]:
         runs = [airflow.call("GET", f"/dags/{dag_id}/dagRuns/{run_id}") for dag_id, run_id in triggered]

@@ -383,13 +383,15 @@ def leaks() -> None:
     it.expand(number=list(range(200)))
 
 
+@task
+def numbers() -> list[int]:
+    """As many as the run asks for."""
+    return list(range(get_current_context()["params"]["tasks"]))
+
+
 @dag(dag_id="fault_behind", params={"tasks": Param(3)}, max_active_tasks=64)
 def behind() -> None:
     """More long tasks than there are slots."""
-
-    @task
-    def numbers() -> list[int]:
-        return list(range(get_current_context()["params"]["tasks"]))
 
     @task(retries=0)
     def it(number: int) -> None:
@@ -400,10 +402,6 @@ def behind() -> None:
 
 @dag(dag_id="fault_many", params={"tasks": Param(1000)}, max_active_tasks=64)
 def many() -> None:
-    @task
-    def numbers() -> list[int]:
-        return list(range(get_current_context()["params"]["tasks"]))
-
     @task(retries=0)
     def it(number: int) -> int:
         return number

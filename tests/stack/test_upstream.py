@@ -5,18 +5,18 @@ from __future__ import annotations
 
 from tests.support import StackUnderTest
 
-WORKER = "airflow-worker"
+SCHEDULER = "airflow-scheduler"
 
 
-def in_worker(stack: StackUnderTest, code: str) -> None:
-    """Runs assertions in the worker's image."""
-    told = stack.python(WORKER, code)
+def in_airflow(stack: StackUnderTest, code: str, service: str = "airflow-worker") -> None:
+    """Runs assertions in one of Airflow's containers."""
+    told = stack.python(service, code)
     assert told.code == 0, told.output
 
 
 def test_the_task_runner_announces_itself_with_a_marker(stack: StackUnderTest) -> None:
     """listener.on_starting knows a task's process by that class's name: it runs for other processes too."""
-    in_worker(
+    in_airflow(
         stack,
         "import inspect\n"
         "from airflow.sdk.execution_time import task_runner\n"
@@ -31,7 +31,7 @@ def test_the_task_runner_announces_itself_with_a_marker(stack: StackUnderTest) -
 
 def test_celery_is_given_the_workload_as_json(stack: StackUnderTest) -> None:
     """preload.supervise reads the instance's name and its log's path from it."""
-    in_worker(
+    in_airflow(
         stack,
         "import inspect\n"
         "from airflow.executors.workloads import ExecuteTask\n"
@@ -45,7 +45,7 @@ def test_celery_is_given_the_workload_as_json(stack: StackUnderTest) -> None:
 
 def test_structlogs_loggers_share_one_list_of_processors(stack: StackUnderTest) -> None:
     """output.bound cuts what loggers write that were made before it: it changes that list in place."""
-    in_worker(
+    in_airflow(
         stack,
         "import io, structlog\n"
         "from airflow.sdk.log import configure_logging\n"
@@ -62,7 +62,7 @@ def test_structlogs_loggers_share_one_list_of_processors(stack: StackUnderTest) 
 
 def test_the_context_of_a_tasks_log_names_the_instance(stack: StackUnderTest) -> None:
     """listener.on_starting asks for its budget under that name, before the DAG is read."""
-    in_worker(
+    in_airflow(
         stack,
         "import inspect\n"
         "from airflow.sdk.execution_time import task_runner\n"
@@ -75,7 +75,7 @@ def test_the_context_of_a_tasks_log_names_the_instance(stack: StackUnderTest) ->
 
 def test_an_operators_resources_reach_the_task(stack: StackUnderTest) -> None:
     """resources={'ram': MB} is public; that it ends up in `resources.ram.qty` is not written anywhere."""
-    in_worker(
+    in_airflow(
         stack,
         "from airflow.providers.standard.operators.empty import EmptyOperator\n"
         "made = EmptyOperator(task_id='a', resources={'ram': 700})\n"
@@ -86,21 +86,21 @@ def test_an_operators_resources_reach_the_task(stack: StackUnderTest) -> None:
 
 def test_the_schedulers_pause_is_found_in_its_module(stack: StackUnderTest) -> None:
     """wakeup.scheduler puts a clock of its own in the place of `time` there."""
-    told = stack.python(
-        "airflow-scheduler",
+    in_airflow(
+        stack,
         "import inspect, time\n"
         "from airflow.jobs import scheduler_job_runner as module\n"
         "assert module.time is time\n"
         "text = inspect.getsource(module.SchedulerJobRunner._run_scheduler_loop)\n"
         "assert 'time.sleep(min(self._scheduler_idle_sleep_time, next_event or 0))' in text\n",
+        SCHEDULER,
     )
-    assert told.code == 0, told.output
 
 
 def test_celery_keeps_result_connections_where_it_was_forked(stack: StackUnderTest) -> None:
     """wakeup.scheduler says so of the scheduler."""
-    told = stack.python(
-        "airflow-scheduler",
+    in_airflow(
+        stack,
         "from airflow.providers.celery.executors.celery_executor_utils import app\n"
         "from wakeup import scheduler\n"
         "def engine():\n"
@@ -109,18 +109,18 @@ def test_celery_keeps_result_connections_where_it_was_forked(stack: StackUnderTe
         "assert engine() is not engine()\n"
         "scheduler.keep_result_connection()\n"
         "assert engine() is engine()\n",
+        SCHEDULER,
     )
-    assert told.code == 0, told.output
 
 
 def test_the_scheduler_reads_how_often_a_queued_task_is_queued_again(stack: StackUnderTest) -> None:
     """[scheduler] num_stuck_in_queued_retries stands in its code and nowhere else."""
-    told = stack.python(
-        "airflow-scheduler",
+    in_airflow(
+        stack,
         "import inspect\n"
         "from airflow.jobs.scheduler_job_runner import SchedulerJobRunner as runner\n"
         "assert 'key=\"num_stuck_in_queued_retries\"' in inspect.getsource(runner.__init__)\n"
         "text = inspect.getsource(runner._maybe_requeue_stuck_ti)\n"
         "assert 'num_times_stuck < self._num_stuck_queued_retries' in text\n",
+        SCHEDULER,
     )
-    assert told.code == 0, told.output

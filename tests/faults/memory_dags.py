@@ -245,6 +245,8 @@ def kill_parent(generations: int) -> None:
     for _ in range(generations):
         with open(f"/proc/{pid}/stat") as file:
             pid = int(file.read().rpartition(")")[2].split()[1])
+    print(f"kills process {pid}", flush=True)
+    time.sleep(1)  # Its supervisor writes that down.
     # Its child has to end with it, though it ignores signals and nobody waits for it.
     os.kill(pid, 9)
     time.sleep(60)

@@ -115,6 +115,8 @@ class Watch:
     declared: int | None = None
     members: dict[int, Process] = field(default_factory=dict)
     details: dict[int, int] = field(default_factory=dict)
+    held: list[int] = field(default_factory=list)
+    """The task's standard output, open for as long as its process lives: see `_start`."""
     used: int = 0
     peak: int = 0
     largest: tuple[int, str] = (0, "")
@@ -138,6 +140,11 @@ class Watch:
         for descriptor in self.details.values():
             os.close(descriptor)
         self.details.clear()
+        self.release()
+
+    def release(self) -> None:
+        while self.held:
+            os.close(self.held.pop())
 
 
 class Guard:
@@ -224,17 +231,15 @@ class Guard:
         if op == "status":
             return self._status()
         watch = self._watch_of(pid)
-        if op == "forked":
-            for descriptor in descriptors:
-                if watch:
-                    watch.details[pid] = descriptor
-                else:
-                    os.close(descriptor)
-            return None
         if watch is None:
-            return {}
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return None if op == "forked" else {}
+        if op == "forked":
+            (watch.details[pid],) = descriptors
+            return None
         if op == "start":
-            return self._start(watch, pid, message)
+            return self._start(watch, pid, message, descriptors)
         if op == "admit":
             return self._ask(watch, message, link)
         if op == "explain":
@@ -298,8 +303,13 @@ class Guard:
         watch.forget = self._on_exit(pid, lambda: self._supervisor_gone(watch))
         return watch
 
-    def _start(self, watch: Watch, pid: int, message: dict[str, Any]) -> dict[str, Any]:
-        """A task's process is there, before it reads its DAG file."""
+    def _start(self, watch: Watch, pid: int, message: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+        """A task's process is there, before it reads its DAG file. Its standard output is held open until
+        it has ended: the pool process looks for the end when the last of the task's streams is closed,
+        which the kernel does a moment before the end can be seen, and next after min_heartbeat_interval
+        (5 s), with a slot that does nothing."""
+        watch.release()
+        watch.held = descriptors
         watch.leader = pid
         watch.instance = Instance.of(message["instance"])
         watch.base = linux.memory(pid) or Memory(0, 0, 0)
@@ -392,6 +402,7 @@ class Guard:
         ours = watch.ended or watch.killed or watch.overrun is not None
         if not ours and linux.container().oom_kills > watch.oom_kills:
             self._tell_in_log(watch, self._figures(watch, "kernel"))
+        watch.release()
         for pid in watch.members:
             self._kill(pid)
         self._sweep_at = time.monotonic() + FASTEST_S

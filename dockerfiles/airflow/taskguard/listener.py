@@ -27,6 +27,7 @@ NICENESS = 19
 left the guard one hundredth of a CPU otherwise. Other containers do not notice the difference."""
 COME_BACK_S = 5
 """When a task gave its slot back for want of memory."""
+STANDARD_OUTPUT = 1
 TURN_S = 150.0
 """More than the guard lets anyone wait (guard.WAIT_S)."""
 
@@ -38,14 +39,14 @@ def _is_task(component: object) -> bool:
     return type(component).__name__ == "TaskRunnerMarker"
 
 
-def _ask(message: dict[str, Any]) -> dict[str, Any]:
+def _ask(message: dict[str, Any], descriptors: list[int] | None = None) -> dict[str, Any]:
     """The guard's answer; empty while there is no guard: the task goes on, limited by what was set."""
     global _link
     for _ in range(2):
         try:
             if _link is None:
                 _link = protocol.connect()
-            return protocol.ask(_link, message)
+            return protocol.ask(_link, message, descriptors)
         except (OSError, ValueError):
             if _link is not None:
                 _link.close()
@@ -74,7 +75,8 @@ def on_starting(component: object) -> None:
 
     known = get_contextvars()
     keys = ("dag_id", "task_id", "run_id", "map_index", "try_number")
-    _ask({"op": "start", "instance": {key: known.get(key, -1) for key in keys}})
+    # Its own, not sys.stdout's: the pool process reads it until nobody holds it open any more.
+    _ask({"op": "start", "instance": {key: known.get(key, -1) for key in keys}}, [STANDARD_OUTPUT])
 
 
 def _forked() -> None:

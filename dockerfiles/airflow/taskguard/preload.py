@@ -1,9 +1,9 @@
 """Loaded by the Celery worker before its pool forks (`imports` in extra_celery_config).
 
 Imports once, in the parent, what every task would import for itself: a task's private memory falls
-from 35 to 18 MB and its CPU from 0.3 to 0.06 s. Starts the guard and keeps it running, tells it which
-pool process has which task, writes the heartbeat that worker-probe reads, and clears away what
-uploaded logs leave behind.
+from 35 to 18 MB and its CPU from 0.3 to 0.06 s. Spares each task a heartbeat at its very start. Starts
+the guard and keeps it running, tells it which pool process has which task, writes the heartbeat that
+worker-probe reads, and clears away what uploaded logs leave behind.
 """
 
 from __future__ import annotations
@@ -90,9 +90,28 @@ def preload(**_: object) -> None:
     with contextlib.suppress(ImportError, AttributeError):
         # Loads the plugins now, not in every task.
         importlib.import_module("airflow.sdk.listener").get_listener_manager()
+    spare_first_heartbeat()
     keep_guard()
     gc.collect()
     gc.freeze()
+
+
+def spare_first_heartbeat() -> None:
+    """Has a supervisor wait for min_heartbeat_interval before its first heartbeat: it has told the API
+    server of the task's start a moment before. One request of five for a small task. No public hook; where
+    the supervisor is made otherwise its heartbeats are as they were."""
+    from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+
+    started = getattr(ActivitySubprocess, "_on_child_started", None)
+    if started is None:
+        log.warning("the first heartbeat of each task is sent at once: ActivitySubprocess is not as it was")
+        return
+
+    def started_now(self: Any, **about: Any) -> None:
+        started(self, **about)
+        self._last_heartbeat_attempt = time.monotonic()
+
+    ActivitySubprocess._on_child_started = started_now
 
 
 def keep_guard() -> None:

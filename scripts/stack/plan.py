@@ -188,9 +188,9 @@ def make_plan(
         task_capacity=capacity,
         apiserver_workers=apiserver_workers,
         mlflow_workers=mlflow_workers,
-        # A few more than slots keep the queue from running dry; many more would wait in Redis and
-        # run into task_queued_timeout.
-        parallelism=slots + 4,
+        # A few more than slots keep the queue from running dry while the scheduler rests (wakeup.scheduler);
+        # with many more an urgent task would stand behind all of them.
+        parallelism=slots + 8,
         # One per pool child (results), pools of 5 + 10 for each Airflow process and MLflow worker,
         # psql sessions of an operator.
         postgres_connections=30 + slots + 15 * (3 + apiserver_workers) + 2 * 15 * mlflow_workers,

@@ -124,3 +124,25 @@ def test_the_scheduler_reads_how_often_a_queued_task_is_queued_again(stack: Stac
         "assert 'num_times_stuck < self._num_stuck_queued_retries' in text\n",
         SCHEDULER,
     )
+
+
+def test_the_executor_rests_while_tasks_wait(stack: StackUnderTest) -> None:
+    """wakeup.scheduler adds that to the heartbeat, which the scheduler's loop calls once a round; `running`
+    has the tasks that were sent and have not ended."""
+    in_airflow(
+        stack,
+        "import inspect, time\n"
+        "from airflow.jobs.scheduler_job_runner import SchedulerJobRunner\n"
+        "from airflow.providers.celery.executors.celery_executor import CeleryExecutor\n"
+        "from wakeup import scheduler\n"
+        "assert inspect.getsource(SchedulerJobRunner._run_scheduler_loop).count('executor.heartbeat()') == 1\n"
+        "executor = CeleryExecutor()\n"
+        "scheduler.rest_while_tasks_wait(2)\n"
+        "def beat(tasks):\n"
+        "    executor.running = set(range(tasks))\n"
+        "    begun = time.monotonic()\n"
+        "    executor.heartbeat()\n"
+        "    return time.monotonic() - begun\n"
+        "assert beat(2) < scheduler.REST_S <= beat(3)\n",
+        SCHEDULER,
+    )

@@ -1,12 +1,14 @@
-"""`airflow scheduler`, with two changes to what costs it time (`python3 -m wakeup.scheduler`).
+"""`airflow scheduler`, with three changes to what costs it time (`python3 -m wakeup.scheduler`).
 
 - Its pause between two rounds in which nothing happened ends when the database says that something
   did. The loop calls `time.sleep`, found in its own module; there is no setting or hook for it. Where
   the database is away, and with a scheduler that pauses otherwise, the pause is a plain one.
 - It keeps its connection to Celery's results. Celery does so in pool processes, and makes a new one for
   each look anywhere else: 8 ms and a process of Postgres's each time.
+- It rests for a moment in each round while tasks wait for a slot of the worker. Each task's end is worth a
+  round otherwise, which could start nothing: four times the CPU for a task of a fan-out.
 
-tests/stack/test_upstream.py notices when either is no longer as assumed here.
+tests/stack/test_upstream.py notices when one of them is no longer as assumed here.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from wakeup.database import CHANNEL
 
 CONNECT_S = 5
 """Seconds that a connection may take to come about: the database is on the same host."""
+
+REST_S = 0.5
+"""In which the worker has enough to do with the tasks that it was sent beyond its slots (Plan.parallelism)."""
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +88,21 @@ def keep_result_connection() -> None:
         log.warning("the connection to Celery's results is made anew for each look: %s", error)
 
 
+def rest_while_tasks_wait(slots: int) -> None:
+    """Has the executor rest once a round while the worker has more tasks than slots: one that ends is
+    followed by one that waits there, and the next round finds several ended ones at once."""
+    from airflow.providers.celery.executors.celery_executor import CeleryExecutor
+
+    heartbeat = CeleryExecutor.heartbeat
+
+    def heartbeat_and_rest(executor: CeleryExecutor) -> None:
+        heartbeat(executor)
+        if len(executor.running) > slots:
+            time.sleep(REST_S)
+
+    CeleryExecutor.heartbeat = heartbeat_and_rest
+
+
 def main() -> None:
     """Runs the scheduler until it ends."""
     from airflow.configuration import conf
@@ -90,6 +110,7 @@ def main() -> None:
 
     scheduler_job_runner.time = Clock(conf.get_mandatory_value("database", "sql_alchemy_conn"))
     keep_result_connection()
+    rest_while_tasks_wait(conf.getint("celery", "worker_concurrency"))
     from airflow.__main__ import main as airflow
 
     sys.argv = ["airflow", "scheduler"]

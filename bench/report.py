@@ -66,22 +66,32 @@ def _median(samples: list[Sample]) -> float:
     return statistics.median(one.value for one in samples)
 
 
+def _spread(samples: list[Sample]) -> tuple[float, float, float]:
+    """The least, the median, the most."""
+    values = [one.value for one in samples]
+    return min(values), _median(samples), max(values)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _told(samples: list[Sample]) -> str:
     if not samples:
         return "-"
-    values = [one.value for one in samples]
-    return f"{_median(samples):.3g} ({min(values):.3g}-{max(values):.3g})"
+    low, middle, high = (_figure(one) for one in _spread(samples))
+    return f"{middle} ({low}-{high})"
 
 
 def table(workloads: dict[str, Workload], measured: dict[str, Measured]) -> str:
     """Median and range of each side, the ratio, and whether it is what was to be reached."""
-    lines = [f"{'workload':<38} {'unit':<8} {'ours':>22} {'peer':>22} {'ratio':>7}  to reach"]
+    lines = [f"{'workload':<48} {'unit':<8} {'ours':>22} {'peer':>22} {'ratio':>7}  to reach"]
     for name, workload in workloads.items():
         found = measured.get(name, Measured())
         ratio = found.ratio()
         said = "-" if workload.against == "alone" else "none" if ratio is None else f"{ratio:.2f}"
         lines.append(
-            f"{workload.title:<38} {workload.unit:<8} {_told(found.ours):>22} {_told(found.peer):>22} {said:>7}  "
+            f"{workload.title:<48} {workload.unit:<8} {_told(found.ours):>22} {_told(found.peer):>22} {said:>7}  "
             + _to_reach(workload, found)
         )
         if found.floor:
@@ -135,10 +145,7 @@ def picture(workloads: dict[str, Workload], measured: dict[str, Measured]) -> st
                 f"{figure:.2f}, to reach {workload.target:g}</text>"
             )
         for side, samples in sides.items():
-            values = [one.value for one in samples]
-            low, middle, high = (
-                max(0.0, value) / most * full for value in (min(values), _median(samples), max(values))
-            )
+            low, middle, high = (max(0.0, value) / most * full for value in _spread(samples))
             lines.append(
                 f'<rect x="{left}" y="{y}" width="{max(1.0, middle):.1f}" height="{bar - 2}" fill="{COLOURS[side]}"/>'
             )
@@ -146,7 +153,7 @@ def picture(workloads: dict[str, Workload], measured: dict[str, Measured]) -> st
                 at = y + bar / 2 - 1
                 lines.append(f'<line x1="{left + low:.1f}" x2="{left + high:.1f}" y1="{at}" y2="{at}" stroke="black"/>')
             ratio = found.ratio() if side == "ours" and workload.against != "alone" else None
-            said = f"{_median(samples):.3g} {workload.unit}" + (f" ({ratio:.2f} of the peer)" if ratio else "")
+            said = f"{_figure(_median(samples))} {workload.unit}" + (f" ({ratio:.2f} of the peer)" if ratio else "")
             lines.append(f'<text x="{left + max(1.0, high) + 6:.1f}" y="{y + 9}" font-size="10">{said}</text>')
             y += bar
         y += 12 + bar * max(0, 2 - len(sides))

@@ -46,7 +46,7 @@ WORKLOADS = {
     "small_cpu": Workload("40 small CPU tasks in a row", "s", 0.33),
     "large_cpu": Workload("10 large CPU tasks in a row", "s", 1.0, floor="Python alone"),
     "edits": Workload("DAG files edited until visible", "s", 1.0),
-    "memory_after": Workload("memory after the runs above", "MiB", 0.8),
+    "memory_after": Workload("memory after the runs above (peer: with MLflow)", "MiB", 0.5),
     "load_run": Workload("10 minutes of load: a run at its end", "s", 1.0),
     "load_memory": Workload("10 minutes of load: memory added", "%", 5, against="alone"),
     "log_batch": Workload("MLflow: batches of 100 metrics", "1/s", 1.3, more_is_better=True),
@@ -172,7 +172,7 @@ class Bench:
             getattr(self.measured[name], side).append(found[name])
 
     def _mlflow(self) -> None:
-        if not (MLFLOW | {"idle_memory"}) & set(self.measured):
+        if not (MLFLOW | {"idle_memory", "memory_after"}) & set(self.measured):
             return
         ours, peer = self.ours, self.peer_mlflow
         with (
@@ -196,7 +196,7 @@ class Bench:
             ),
             "peer": Tracking(peer.mlflow_url, None, lambda now: now.memory, peer.project),
         }
-        if "idle_memory" in self.measured:
+        if {"idle_memory", "memory_after"} & set(self.measured):
             self._peer_mlflow_idle = servers["peer"].memory()
         few = 20 if self.quick else 400
         for side, server in servers.items():
@@ -224,14 +224,13 @@ class Bench:
 
     def finish(self) -> None:
         """The peer's memory is Airflow's and MLflow's together, as ours is."""
-        found = self.measured.get("idle_memory")
-        if not found or not found.peer:
-            return
-        if self._peer_mlflow_idle:
+        for name in {"idle_memory", "memory_after"} & set(self.measured):
+            found = self.measured[name]
+            if found.peer and not self._peer_mlflow_idle:
+                found.problems.append("the peer's MLflow was not measured: its part is missing")
+                continue
             extra = self._peer_mlflow_idle / MIB
             found.peer = [Sample(one.value + extra, one.work, {**one.details, "mlflow": extra}) for one in found.peer]
-        else:
-            found.problems.append("the peer's MLflow was not measured: its part is missing")
 
     def clean(self) -> None:
         """Nothing of it is left."""

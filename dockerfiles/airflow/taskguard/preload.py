@@ -100,11 +100,14 @@ def spare_first_heartbeat() -> None:
     """Has a supervisor wait for min_heartbeat_interval before its first heartbeat: it has told the API
     server of the task's start a moment before. One request of five for a small task. No public hook; where
     the supervisor is made otherwise its heartbeats are as they were."""
-    from airflow.sdk.execution_time.supervisor import ActivitySubprocess
+    try:
+        from airflow.sdk.execution_time.supervisor import ActivitySubprocess
 
-    started = getattr(ActivitySubprocess, "_on_child_started", None)
-    if started is None:
-        log.warning("the first heartbeat of each task is sent at once: ActivitySubprocess is not as it was")
+        started = ActivitySubprocess._on_child_started
+        # A class of slots: one that it does not have could not be set, in any task.
+        _ = ActivitySubprocess._last_heartbeat_attempt
+    except (ImportError, AttributeError) as error:
+        log.warning("the first heartbeat of each task is sent at once: %s", error)
         return
 
     def started_now(self: Any, **about: Any) -> None:

@@ -191,7 +191,7 @@ def make_plan(
         # A few more than slots keep the queue from running dry while the scheduler rests (wakeup.scheduler);
         # with many more an urgent task would stand behind all of them.
         parallelism=slots + 8,
-        # One per pool child (results), pools of 5 + 10 for each Airflow process and MLflow worker,
+        # One per pool child (results), pools of 15 at the most for each Airflow process and MLflow worker,
         # psql sessions of an operator.
         postgres_connections=30 + slots + 15 * (3 + apiserver_workers) + 2 * 15 * mlflow_workers,
     )

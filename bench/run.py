@@ -71,6 +71,8 @@ MLFLOW = {"log_batch", "create_run", "search", "mlflow_memory", "artifact_memory
     name for name in WORKLOADS if name.startswith(("up_", "down_"))
 }
 """For these the peer is `mlflow server`; its Airflow is not needed."""
+WHOLE_STACK = {"idle_memory", "memory_after"}
+"""Of these `mlflow server` is a part, beside the peer's Airflow."""
 
 
 class Bench:
@@ -172,7 +174,7 @@ class Bench:
             getattr(self.measured[name], side).append(found[name])
 
     def _mlflow(self) -> None:
-        if not (MLFLOW | {"idle_memory", "memory_after"}) & set(self.measured):
+        if not (MLFLOW | WHOLE_STACK) & set(self.measured):
             return
         ours, peer = self.ours, self.peer_mlflow
         with (
@@ -196,7 +198,7 @@ class Bench:
             ),
             "peer": Tracking(peer.mlflow_url, None, lambda now: now.memory, peer.project),
         }
-        if {"idle_memory", "memory_after"} & set(self.measured):
+        if WHOLE_STACK & set(self.measured):
             self._peer_mlflow_idle = servers["peer"].memory()
         few = 20 if self.quick else 400
         for side, server in servers.items():
@@ -224,7 +226,7 @@ class Bench:
 
     def finish(self) -> None:
         """The peer's memory is Airflow's and MLflow's together, as ours is."""
-        for name in {"idle_memory", "memory_after"} & set(self.measured):
+        for name in WHOLE_STACK & set(self.measured):
             found = self.measured[name]
             if found.peer and not self._peer_mlflow_idle:
                 found.problems.append("the peer's MLflow was not measured: its part is missing")

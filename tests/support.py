@@ -134,6 +134,15 @@ class StackUnderTest:
         return Airflow(self.airflow_url, self.settings.admin_user, self.secret("admin_password"))
 
 
+@contextlib.contextmanager
+def dag_file(stack: StackUnderTest, path: str) -> Iterator[None]:
+    """A file of this repository is among the stack's DAGs, for a while."""
+    target = stack.clone / "dags" / Path(path).name
+    shutil.copy(ROOT / path, target)
+    yield
+    target.unlink()
+
+
 def run(*words: str, timeout: float = 120) -> Run:
     """A command and what it printed."""
     started = time.monotonic()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
 from stack.airflow import Airflow
-from stack.instance import ROOT
-from tests.support import StackUnderTest, run, wait_until
+from tests.support import StackUnderTest, dag_file, run, wait_until
 
 DAG_ID = "bench_fan_out"
 TASKS = 20
@@ -31,16 +29,14 @@ class Fan:
 
 @pytest.fixture(scope="module")
 def fan(stack: StackUnderTest, airflow: Airflow) -> Iterator[Fan]:
-    target = stack.clone / "dags" / f"{DAG_ID}.py"
-    shutil.copy(ROOT / f"bench/dags/{DAG_ID}.py", target)
-    airflow.wait_for_dag(DAG_ID)
-    airflow.set_paused(DAG_ID, False)
-    run_id = airflow.trigger(DAG_ID, {"tasks": TASKS})
-    assert airflow.follow(DAG_ID, run_id, patience=120) == "success"
-    instances = airflow.task_instances(DAG_ID, run_id)
-    assert len(instances) == TASKS + 1
-    yield Fan([one["id"] for one in instances], min(one["queued_when"] for one in instances))
-    target.unlink()
+    with dag_file(stack, f"bench/dags/{DAG_ID}.py"):
+        airflow.wait_for_dag(DAG_ID)
+        airflow.set_paused(DAG_ID, False)
+        run_id = airflow.trigger(DAG_ID, {"tasks": TASKS})
+        assert airflow.follow(DAG_ID, run_id, patience=120) == "success"
+        instances = airflow.task_instances(DAG_ID, run_id)
+        assert len(instances) == TASKS + 1
+        yield Fan([one["id"] for one in instances], min(one["queued_when"] for one in instances))
 
 
 def words(stack: StackUnderTest, service: str, fan: Fan) -> list[str]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import select
-import shutil
 from collections.abc import Iterator
 
 import psycopg2
 import pytest
 
 from stack.airflow import Airflow
-from stack.instance import ROOT
-from tests.support import StackUnderTest, wait_until
+from tests.support import StackUnderTest, dag_file, wait_until
 
 DAG_ID = "bench_one"
 LISTENERS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'wakeup'"
@@ -30,11 +28,9 @@ def database(stack: StackUnderTest) -> Iterator[psycopg2.extensions.connection]:
 @pytest.fixture(scope="module")
 def one_task(stack: StackUnderTest, airflow: Airflow) -> Iterator[str]:
     """A DAG of one task that does nothing."""
-    target = stack.clone / "dags" / f"{DAG_ID}.py"
-    shutil.copy(ROOT / f"bench/dags/{DAG_ID}.py", target)
-    airflow.wait_for_dag(DAG_ID)
-    yield DAG_ID
-    target.unlink()
+    with dag_file(stack, f"bench/dags/{DAG_ID}.py"):
+        airflow.wait_for_dag(DAG_ID)
+        yield DAG_ID
 
 
 def listeners(database: psycopg2.extensions.connection) -> list[int]:

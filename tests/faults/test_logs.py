@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 
 from stack.airflow import Airflow
-from stack.instance import ROOT
-from tests.support import StackUnderTest, run, wait_until
+from tests.support import StackUnderTest, dag_file, run, wait_until
 
 WORKER = "airflow-worker"
 DAG_ID = "fault_late_log"
@@ -19,12 +17,10 @@ LOGS = "/opt/airflow/logs"
 @pytest.fixture
 def late_log(stack: StackUnderTest, airflow: Airflow) -> Iterator[None]:
     """The DAG is there."""
-    target = stack.clone / "dags" / "log_dags.py"
-    shutil.copy(ROOT / "tests/faults/log_dags.py", target)
-    airflow.wait_for_dag(DAG_ID)
-    airflow.set_paused(DAG_ID, False)
-    yield
-    target.unlink()
+    with dag_file(stack, "tests/faults/log_dags.py"):
+        airflow.wait_for_dag(DAG_ID)
+        airflow.set_paused(DAG_ID, False)
+        yield
 
 
 @pytest.mark.usefixtures("late_log")

@@ -4,7 +4,6 @@ be the same one, untouched by the kernel."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ import pytest
 
 import scripts.storm as storm
 from stack.airflow import Airflow
-from stack.instance import ROOT
-from tests.support import StackUnderTest, wait_until
+from tests.support import StackUnderTest, dag_file, wait_until
 
 WORKER = "airflow-worker"
 OUT_OF_MEMORY = "Out of memory: "
@@ -44,8 +42,6 @@ class Outcome:
 @pytest.fixture(scope="module")
 def play(stack: StackUnderTest, airflow: Airflow) -> Iterator[Callable[..., Outcome]]:
     """Runs one case to its end."""
-    target = stack.clone / "dags" / "memory_dags.py"
-    shutil.copy(ROOT / "tests/faults/memory_dags.py", target)
 
     def run(case: str, patience: float = 120, conf: dict[str, Any] | None = None, sent: bool = True) -> Outcome:
         """`sent` is false where a supervisor is lost: the log it cannot send stays with the worker."""
@@ -70,8 +66,8 @@ def play(stack: StackUnderTest, airflow: Airflow) -> Iterator[Callable[..., Outc
         ]
         return Outcome(state, last["try_number"], logs)
 
-    yield run
-    target.unlink()
+    with dag_file(stack, "tests/faults/memory_dags.py"):
+        yield run
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ Changes nothing that is as it should be; sets an identity's secret and policy ag
 that the generated secrets are always the ones in force. One policy file a bucket:
 /etc/minio/<identity>.json.
 
-Exit: 0 done, 1 the store refused (the message says what).
+Exit: 0 done, 1 the store refused or did not answer (the message says what).
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from minio.error import MinioAdminException, S3Error
 IDENTITIES = {"mlflow": "mlflow", "airflow-logs": "airflow-logs", "pipelines": "pipelines"}
 POLICIES = Path("/etc/minio")
 PATIENCE_S = 30
+ANSWER_S = 10
 
 
 def main() -> int:
     """Creates what is missing and returns the exit code."""
     endpoint = os.environ["MINIO_ENDPOINT"]
     user, password = os.environ["MINIO_ROOT_USER"], os.environ["MINIO_ROOT_PASSWORD"]
-    pool = urllib3.PoolManager(timeout=10, retries=urllib3.Retry(2, backoff_factor=0.2))
+    # Any method: everything here may be said twice, and a POST has been seen to go unanswered on a busy first start.
+    retries = urllib3.Retry(4, backoff_factor=0.2, allowed_methods=None)
+    pool = urllib3.PoolManager(timeout=ANSWER_S, retries=retries)
     store = Minio(endpoint=endpoint, access_key=user, secret_key=password, secure=False, http_client=pool)
     admin = MinioAdmin(endpoint=endpoint, credentials=StaticProvider(user, password), secure=False, http_client=pool)
     try:
@@ -47,6 +50,10 @@ def main() -> int:
     except (S3Error, MinioAdminException) as error:
         print(f"error[E-STORE]: the object store refused: {error}", file=sys.stderr)
         print("  fix: a wrong root password means that secrets/ and the volume do not belong together", file=sys.stderr)
+        return 1
+    except urllib3.exceptions.HTTPError as error:
+        print(f"error[E-STORE]: the object store did not answer, five times: {error}", file=sys.stderr)
+        print("  fix: `make logs S=minio` says what it was doing; then `make up` again", file=sys.stderr)
         return 1
     return 0
 

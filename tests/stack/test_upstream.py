@@ -146,3 +146,22 @@ def test_the_executor_rests_while_tasks_wait(stack: StackUnderTest) -> None:
         "assert beat(2) < scheduler.REST_S <= beat(3)\n",
         SCHEDULER,
     )
+
+
+def test_mlflows_s3_store_asks_for_its_client_there(stack: StackUnderTest) -> None:
+    """mlstack_artifacts gives it one client for good; and MLflow's FastAPI application keeps its middleware in a
+    list that mlstack_server puts its own around and inside of."""
+    in_airflow(
+        stack,
+        "import inspect, os\n"
+        "os.environ['_MLFLOW_SGI_NAME'] = 'uvicorn'\n"
+        "from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository\n"
+        "from mlstack_artifacts import ProxiedS3ArtifactRepository, s3_client\n"
+        "assert callable(S3ArtifactRepository._get_s3_client)\n"
+        "assert 'self._get_s3_client()' in inspect.getsource(S3ArtifactRepository.log_artifact)\n"
+        "assert ProxiedS3ArtifactRepository('proxied-s3://mlflow')._s3._get_s3_client() is s3_client()\n"
+        "from mlstack_server import Around, Inside, create_app\n"
+        "middleware = [one.cls for one in create_app().user_middleware]\n"
+        "assert middleware[0] is Around and middleware[-1] is Inside and len(middleware) > 3, middleware\n",
+        "mlflow",
+    )

@@ -6,6 +6,7 @@ SHELL := /bin/sh
 PYTHON := var/venv/bin/python
 LOCK := scripts/requirements.lock
 TEST_LOCKS := scripts/requirements.lock tests/requirements.lock
+CLIENT := var/client
 export PYTHONDONTWRITEBYTECODE = 1
 
 ##@ Start and stop
@@ -34,7 +35,17 @@ doctor: venv ## Explain every memory kill, restart, lost worker and full disk of
 password: venv ## Print the first login's password
 	@$(PYTHON) scripts/password.py
 
+##@ People
+user: venv ## A login for a person in Airflow and MLflow (NAME=ada ROLE=user; or viewer, op, admin)
+	@$(PYTHON) scripts/user.py add "$(NAME)" --role "$(or $(ROLE),user)"
+user-remove: venv ## Remove a person's logins; what they made stays (NAME=ada)
+	@$(PYTHON) scripts/user.py remove "$(NAME)"
+env: venv ## Print what an MLflow client needs, as export lines
+	@$(PYTHON) scripts/env.py
+
 ##@ Work
+first-run: venv ## Log a first run to MLflow from outside the stack (examples/first_run.py)
+	@VENV=$(CLIENT) sh scripts/venv.sh examples/requirements.lock && $(PYTHON) scripts/env.py -- $(CLIENT)/bin/python examples/first_run.py
 demo: venv ## Run the training pipeline and follow it
 	@$(PYTHON) scripts/demo.py
 airflow: venv ## Run an Airflow command (ARGS="dags list")
@@ -67,11 +78,11 @@ lint: test-venv ## The static checks alone
 	@$(PYTHON) -m pytest tests/static -q
 
 help: ## This list
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv:
 	@sh scripts/venv.sh $(LOCK)
 test-venv:
 	@sh scripts/venv.sh $(TEST_LOCKS)
 
-.PHONY: up init down restart clean status logs plan memory doctor password demo storm faults bench growth airflow shell build push lock verify test lint help venv test-venv
+.PHONY: up init down restart clean status logs plan memory doctor password user user-remove env first-run demo storm faults bench growth airflow shell build push lock verify test lint help venv test-venv

@@ -33,6 +33,7 @@ LOCKS = (
         for image in ("airflow", "mlflow", "minio")
     ),
     Lock(ROOT / "scripts/requirements.in", ROOT / "scripts/requirements.lock", "3.10"),
+    Lock(ROOT / "examples/requirements.in", ROOT / "examples/requirements.lock", "3.10"),
     Lock(ROOT / "tests/requirements.in", ROOT / "tests/requirements.lock", "3.10"),
 )
 

@@ -8,20 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from stack import instance
-from stack.errors import StackError, run_main
+from stack import connect, instance
+from stack.errors import run_main
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the password."""
     argparse.ArgumentParser(prog="make password", description=__doc__).parse_args(argv)
-    path = instance.current().secrets / "admin_password"
-    try:
-        print(path.read_text(encoding="utf-8").strip())
-    except OSError as error:
-        raise StackError(
-            "E-NO-INIT", f"{path} cannot be read", why=str(error), fix="run `make up` first, as the same user"
-        ) from error
+    print(connect.admin_password(instance.current()))
     return 0
 
 

@@ -1,15 +1,15 @@
 #!/bin/sh
-# Makes the virtual environment of the host programs (var/venv) from a lock file; does nothing when
-# it is current.
+# Makes the virtual environment of the host programs (var/venv), or another one, from a lock file; does
+# nothing when it is current.
 #
-#   venv.sh LOCK...
+#   [VENV=var/NAME] venv.sh LOCK...
 #
-# Changes: var/venv; as root on Debian or Ubuntu, installs python3-venv where it is missing.
+# Changes: that environment; as root on Debian or Ubuntu, installs python3-venv where it is missing.
 # Exit: 0 done, 1 failed, 3 a precondition is unmet and nothing was changed.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-venv=$root/var/venv
+venv=$root/${VENV:-var/venv}
 
 stamp() { # LOCK: the file that remembers what was installed from it
   printf '%s/.%s' "$venv" "$(printf '%s' "$1" | tr / -)"
@@ -45,7 +45,7 @@ if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
   fi
 fi
 
-echo "--> preparing the host programs' environment (var/venv)" >&2
+echo "--> preparing the Python environment ${VENV:-var/venv}" >&2
 mkdir -p "$root/var"
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 for lock in $due; do

@@ -39,16 +39,17 @@ class Airflow:
 
     def call(self, method: str, path: str, **words: Any) -> Any:
         """One call under /api/v2; returns the JSON answer. Raises StackError (E-AIRFLOW-API)."""
-        answer = self._http.request(method, f"/api/v2{path}", **words)
-        if answer.is_error:
-            raise StackError(
-                "E-AIRFLOW-API",
-                f"Airflow answered {answer.status_code} to {method} {path}",
-                why=answer.text[:500],
-                fix="see `make logs S=airflow-apiserver`",
-                exit_code=Exit.FAILED,
-            )
+        return self.request(method, f"/api/v2{path}", **words)
+
+    def request(self, method: str, path: str, **words: Any) -> Any:
+        """As `call`, with the whole path: some of Airflow's API is its authentication manager's."""
+        answer = _good(self._http.request(method, path, **words))
         return answer.json() if answer.content else None
+
+    def has(self, path: str) -> bool:
+        """Whether there is something at a path. Raises StackError (E-AIRFLOW-API)."""
+        answer = self._http.get(path)
+        return answer.status_code != 404 and _good(answer).is_success
 
     def wait_for_dag(self, dag_id: str, patience: float = 60) -> dict[str, Any]:
         """The DAG, once the DAG processor has read it. Raises StackError after `patience` seconds."""
@@ -138,6 +139,18 @@ class Airflow:
                     exit_code=Exit.TIMED_OUT,
                 )
             time.sleep(1)
+
+
+def _good(answer: httpx.Response) -> httpx.Response:
+    if answer.is_error:
+        raise StackError(
+            "E-AIRFLOW-API",
+            f"Airflow answered {answer.status_code} to {answer.request.method} {answer.request.url.path}",
+            why=answer.text[:500],
+            fix="see `make logs S=airflow-apiserver`",
+            exit_code=Exit.FAILED,
+        )
+    return answer
 
 
 def _log_line(entry: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -16,15 +18,45 @@ from stack.settings import Settings
 def airflow(here: Instance) -> tuple[Airflow, Settings]:
     """Airflow's API with the instance's first login, and its settings. Raises StackError (E-NO-STACK)."""
     chosen = settings.load(here.settings_file)
+    password = admin_password(here)
     try:
-        password = (here.secrets / "admin_password").read_text(encoding="utf-8").strip()
         return Airflow(f"http://localhost:{chosen.airflow_port}", chosen.admin_user, password), chosen
-    except (OSError, httpx.HTTPError) as error:
+    except httpx.HTTPError as error:
         raise StackError(
             "E-NO-STACK",
             "no running stack answers here",
             why=f"{type(error).__name__}: {error}",
             fix="make up, then make status",
+        ) from error
+
+
+def mlflow_url(chosen: Settings) -> str:
+    """Where MLflow listens, as seen from this host."""
+    return f"http://localhost:{chosen.mlflow_port}"
+
+
+def tracking(chosen: Settings, user: str, password: str) -> dict[str, str]:
+    """The variables that MLflow's client reads."""
+    return {
+        "MLFLOW_TRACKING_URI": mlflow_url(chosen),
+        "MLFLOW_TRACKING_USERNAME": user,
+        "MLFLOW_TRACKING_PASSWORD": password,
+    }
+
+
+def exports(variables: Mapping[str, str]) -> str:
+    """Variables as lines that a shell can run."""
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+
+
+def admin_password(here: Instance) -> str:
+    """The first login's password, as it was made. Raises StackError (E-NO-INIT)."""
+    path = here.secrets / "admin_password"
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise StackError(
+            "E-NO-INIT", f"{path} cannot be read", why=str(error), fix="run `make up` first, as the same user"
         ) from error
 
 

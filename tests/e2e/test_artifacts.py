@@ -26,7 +26,7 @@ PATIENCE_S = 30
 @pytest.fixture(scope="module")
 def http(stack: StackUnderTest) -> Iterator[httpx.Client]:
     login = (stack.settings.admin_user, stack.secret("admin_password"))
-    with httpx.Client(base_url=f"http://localhost:{stack.settings.mlflow_port}", auth=login, timeout=120) as client:
+    with httpx.Client(base_url=stack.mlflow_url, auth=login, timeout=120) as client:
         yield client
 
 

@@ -48,6 +48,8 @@ first-run: venv ## Log a first run to MLflow from outside the stack (examples/fi
 	@VENV=$(CLIENT) sh scripts/venv.sh examples/requirements.lock && $(PYTHON) scripts/env.py -- $(CLIENT)/bin/python examples/first_run.py
 demo: venv ## Run the training pipeline and follow it
 	@$(PYTHON) scripts/demo.py
+dag-lint: venv ## Read each DAG file and say what is wrong with it (ARGS="--strict train_model.py")
+	@$(PYTHON) scripts/compose.py run --rm --no-deps airflow-cli dag-lint $(ARGS)
 airflow: venv ## Run an Airflow command (ARGS="dags list")
 	@$(PYTHON) scripts/compose.py run --rm --no-deps airflow-cli airflow $(ARGS)
 shell: venv ## Open a shell in a service (S=airflow-worker)
@@ -85,4 +87,4 @@ venv:
 test-venv:
 	@sh scripts/venv.sh $(TEST_LOCKS)
 
-.PHONY: up init down restart clean status logs plan memory doctor password user user-remove env first-run demo storm faults bench growth airflow shell build push lock verify test lint help venv test-venv
+.PHONY: up init down restart clean status logs plan memory doctor password user user-remove env first-run demo storm faults bench growth dag-lint airflow shell build push lock verify test lint help venv test-venv

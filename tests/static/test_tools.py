@@ -45,7 +45,7 @@ def test_ruff(command: list[str]) -> None:
     scripts = programs("python3")
     assert len(scripts) >= 3
     assert len(tracked("scripts/*.py", "dags/*.py", "dockerfiles/*.py", "tests/*.py")) >= 40
-    check(str(TOOLS / "ruff"), *command, "scripts", "tests", "dags", "dockerfiles", "bench", *scripts)
+    check(str(TOOLS / "ruff"), *command, "scripts", "tests", "dags", "dockerfiles", "bench", "examples", *scripts)
 
 
 def test_mypy() -> None:

@@ -1,0 +1,73 @@
+"""`make dag-lint`: what it says of the shipped DAGs, and of each thing that can be wrong with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import Run, StackUnderTest, run
+
+GOOD = """
+from datetime import timedelta
+from airflow.sdk import dag, task
+
+@dag(dagrun_timeout=timedelta(minutes=5), default_args={"retries": 1, "execution_timeout": timedelta(minutes=1)})
+def good():
+    @task
+    def work(x):
+        import pandas
+    work.expand(x=[1, 2])
+
+good()
+"""
+
+BAD = {
+    "import": (GOOD.replace("airflow.sdk", "airflow.sdx"), 3, "error"),
+    "heavy": ("import sklearn.ensemble\n" + GOOD, 1, "warning"),
+    "slow": ("import time\nwhile time.process_time() < 2: pass\n" + GOOD, 1, "warning"),
+    "network": (
+        "import socket\nwith __import__('contextlib').suppress(OSError):\n"
+        "    socket.create_connection(('127.0.0.1', 9), 1)\n" + GOOD,
+        3,
+        "warning",
+    ),
+    "process": ("import subprocess\nsubprocess.run(['true'])\n" + GOOD, 2, "warning"),
+    "retries": (GOOD.replace('"retries": 1', '"retries": 0'), 1, "warning"),
+    "timeout": (GOOD.replace("dagrun_timeout=timedelta(minutes=5), ", ""), 1, "warning"),
+}
+
+
+def lint(stack: StackUnderTest, folder: Path, *words: str) -> Run:
+    """In the image of the DAG processor, without a network or a database."""
+    folder.chmod(0o755)
+    image = stack.inspect("airflow-dag-processor")["Config"]["Image"]
+    mount = f"{folder}:/opt/airflow/dags:ro"
+    return run("docker", "run", "--rm", "--network", "none", "-v", mount, image, "dag-lint", *words, timeout=120)
+
+
+def test_the_shipped_dags_are_clean(stack: StackUnderTest) -> None:
+    told = stack.make("dag-lint", "ARGS=--strict")
+    assert told.code == 0, told.output
+    assert "1 files, 1 DAGs: 0 errors, 0 warnings" in told.output
+
+
+@pytest.mark.parametrize("rule", BAD)
+def test_each_fault_is_named_with_its_line(stack: StackUnderTest, tmp_path: Path, rule: str) -> None:
+    text, line, level = BAD[rule]
+    (tmp_path / "faulty.py").write_text(text)
+    (tmp_path / "good.py").write_text(GOOD)
+    told = lint(stack, tmp_path)
+    assert f"faulty.py:{line}: {level} [{rule}]" in told.output, told.output
+    assert "good.py:" not in told.output, told.output
+    assert told.code == (1 if level == "error" else 0)
+    assert lint(stack, tmp_path, "--strict").code == 1
+
+
+def test_a_file_that_ends_its_process_does_not_end_the_report(stack: StackUnderTest, tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text("# airflow dag\nimport os\nos.kill(os.getpid(), 9)\n")
+    (tmp_path / "good.py").write_text(GOOD)
+    told = lint(stack, tmp_path)
+    assert "ends.py:1: error [import] reading it ended its process (-9)" in told.output, told.output
+    assert "2 files, 1 DAGs: 1 errors" in told.output
+    assert lint(stack, tmp_path, "missing.py").code == 1

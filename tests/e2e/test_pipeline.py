@@ -165,3 +165,15 @@ def test_a_broken_dag_file_harms_nobody(airflow: Airflow, stack: StackUnderTest)
     wait_until(
         lambda: not airflow.call("GET", "/importErrors")["import_errors"], 60, "the import error's end with its file"
     )
+
+
+def test_one_process_runs_it_as_well(stack: StackUnderTest, tracking: MlflowClient) -> None:
+    """`make dag-test`, with the store and MLflow that a task has; a run that fails is a command that fails."""
+    before = tracking.get_model_version_by_alias(MODEL, "champion").version
+    spoilt = stack.make("dag-test", f"DAG={DAG_ID}", """ARGS=--conf '{"damage_data": true}'""")
+    assert spoilt.code != 0
+    assert "the data is not fit for training" in spoilt.output
+    assert tracking.get_model_version_by_alias(MODEL, "champion").version == before
+    told = stack.make("dag-test", f"DAG={DAG_ID}")
+    assert told.code == 0, told.output[-3000:]
+    assert int(tracking.get_model_version_by_alias(MODEL, "champion").version) > int(before)

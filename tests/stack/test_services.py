@@ -104,7 +104,8 @@ for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
     except OSError: pass
 """
     processes = stack.python("mlflow", code).output
-    assert "uvicorn" in processes
+    # uvicorn alone, or gunicorn with several.
+    assert "unicorn" in processes
     assert "mlflow server" not in processes
     assert "huey" not in processes
 

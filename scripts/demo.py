@@ -64,7 +64,7 @@ def reason(log: str) -> str:
 def print_results(airflow: Airflow, chosen: settings.Settings, run_id: str) -> None:
     """The links to what the run made."""
     best = airflow.xcom(DAG_ID, run_id, "register")
-    ui = f"http://localhost:{chosen.mlflow_port}/#"
+    ui = f"{chosen.mlflow_url}/#"
     print(f"best      {best['name']}: roc_auc {best['roc_auc']:.4f}, accuracy {best['accuracy']:.4f}")
     print(f"compare   {ui}/experiments/{best['experiment_id']}")
     print(f"mlflow    {ui}/experiments/{best['experiment_id']}/runs/{best['run_id']}")

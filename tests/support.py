@@ -22,7 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from botocore.client import BaseClient
+from botocore.config import Config
 
 from stack import compose, settings
 from stack.airflow import Airflow
@@ -124,11 +127,22 @@ class StackUnderTest:
 
     @property
     def airflow_url(self) -> str:
-        return f"http://localhost:{self.settings.airflow_port}"
+        return self.settings.airflow_url
 
     @property
     def mlflow_url(self) -> str:
-        return f"http://localhost:{self.settings.mlflow_port}"
+        return self.settings.mlflow_url
+
+    def s3(self, identity: str, secret: str | None = None) -> BaseClient:
+        """The object store as one of its identities, with that one's own secret or another; asked once."""
+        return boto3.client(
+            "s3",
+            endpoint_url=f"http://{self.address('minio')}:9000",
+            aws_access_key_id=identity,
+            aws_secret_access_key=secret or self.secret(f"{identity.replace('-', '_')}_s3_secret"),
+            region_name="us-east-1",
+            config=Config(retries={"total_max_attempts": 1}, connect_timeout=5),
+        )
 
     def airflow(self) -> Airflow:
         return Airflow(self.airflow_url, self.settings.admin_user, self.secret("admin_password"))

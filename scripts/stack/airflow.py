@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from stack.answers import good
 from stack.errors import Exit, StackError
 
 FINISHED = ("success", "failed")
@@ -142,15 +143,7 @@ class Airflow:
 
 
 def _good(answer: httpx.Response) -> httpx.Response:
-    if answer.is_error:
-        raise StackError(
-            "E-AIRFLOW-API",
-            f"Airflow answered {answer.status_code} to {answer.request.method} {answer.request.url.path}",
-            why=answer.text[:500],
-            fix="see `make logs S=airflow-apiserver`",
-            exit_code=Exit.FAILED,
-        )
-    return answer
+    return good(answer, "E-AIRFLOW-API", "Airflow", "see `make logs S=airflow-apiserver`")
 
 
 def _log_line(entry: Any) -> str:

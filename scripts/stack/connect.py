@@ -20,7 +20,7 @@ def airflow(here: Instance) -> tuple[Airflow, Settings]:
     chosen = settings.load(here.settings_file)
     password = admin_password(here)
     try:
-        return Airflow(f"http://localhost:{chosen.airflow_port}", chosen.admin_user, password), chosen
+        return Airflow(chosen.airflow_url, chosen.admin_user, password), chosen
     except httpx.HTTPError as error:
         raise StackError(
             "E-NO-STACK",
@@ -30,15 +30,10 @@ def airflow(here: Instance) -> tuple[Airflow, Settings]:
         ) from error
 
 
-def mlflow_url(chosen: Settings) -> str:
-    """Where MLflow listens, as seen from this host."""
-    return f"http://localhost:{chosen.mlflow_port}"
-
-
 def tracking(chosen: Settings, user: str, password: str) -> dict[str, str]:
     """The variables that MLflow's client reads."""
     return {
-        "MLFLOW_TRACKING_URI": mlflow_url(chosen),
+        "MLFLOW_TRACKING_URI": chosen.mlflow_url,
         "MLFLOW_TRACKING_USERNAME": user,
         "MLFLOW_TRACKING_PASSWORD": password,
     }

@@ -233,8 +233,8 @@ def addresses(prepared: Prepared, instance: Instance, *, show_password: bool) ->
         password_file.read_text(encoding="utf-8").strip() if show_password else f"in {os.path.relpath(password_file)}"
     )
     lines = [
-        f"Airflow   http://localhost:{chosen.airflow_port}   (API server, formerly webserver)",
-        f"MLflow    http://localhost:{chosen.mlflow_port}",
+        f"Airflow   {chosen.airflow_url}   (API server, formerly webserver)",
+        f"MLflow    {chosen.mlflow_url}",
     ]
     if chosen.flower == "on":
         lines.append(f"Flower    http://localhost:{chosen.flower_port}   (password in secrets/flower_password)")

@@ -12,7 +12,8 @@ import httpx
 
 from stack import connect
 from stack.airflow import Airflow
-from stack.errors import Exit, StackError
+from stack.answers import good
+from stack.errors import StackError
 from stack.instance import Instance
 from stack.settings import Settings
 
@@ -50,9 +51,7 @@ class People:
         self._airflow: Airflow = self._open.enter_context(airflow)
         self.settings: Settings = chosen
         login = (chosen.admin_user, connect.admin_password(here))
-        self._mlflow = self._open.enter_context(
-            httpx.Client(base_url=connect.mlflow_url(chosen), auth=login, timeout=30)
-        )
+        self._mlflow = self._open.enter_context(httpx.Client(base_url=chosen.mlflow_url, auth=login, timeout=30))
 
     def __enter__(self) -> People:
         return self
@@ -128,21 +127,13 @@ class People:
     def _places(self, name: str) -> list[str]:
         in_airflow = self._airflow.has(f"{AIRFLOW_USERS}/{name}")
         answer = self._mlflow.get(f"{MLFLOW_USERS}/get", params={"username": name})
-        if answer.status_code not in (200, 404):
-            raise _refused(answer)
-        return [place for place, there in (("Airflow", in_airflow), ("MLflow", answer.is_success)) if there]
+        in_mlflow = answer.status_code != 404 and _good(answer).is_success
+        return [place for place, there in (("Airflow", in_airflow), ("MLflow", in_mlflow)) if there]
 
     def _ask_mlflow(self, method: str, path: str, body: dict[str, Any]) -> None:
-        answer = self._mlflow.request(method, path, json=body)
-        if answer.is_error:
-            raise _refused(answer)
+        _good(self._mlflow.request(method, path, json=body))
 
 
-def _refused(answer: httpx.Response) -> StackError:
-    return StackError(
-        "E-MLFLOW-API",
-        f"MLflow answered {answer.status_code} to {answer.request.method} {answer.request.url.path}",
-        why=answer.text[:500],
-        fix="where the first login's password was changed in MLflow, change it back; else `make logs S=mlflow`",
-        exit_code=Exit.FAILED,
-    )
+def _good(answer: httpx.Response) -> httpx.Response:
+    fix = "where the first login's password was changed in MLflow, change it back; else `make logs S=mlflow`"
+    return good(answer, "E-MLFLOW-API", "MLflow", fix)

@@ -170,6 +170,16 @@ class Settings(BaseModel):
         description="CA certificates (PEM) for the builds, if TLS is intercepted. Empty: the host's own bundle.",
     )
 
+    @property
+    def airflow_url(self) -> str:
+        """Where Airflow listens, as seen from this host."""
+        return f"http://localhost:{self.airflow_port}"
+
+    @property
+    def mlflow_url(self) -> str:
+        """Where MLflow listens, as seen from this host."""
+        return f"http://localhost:{self.mlflow_port}"
+
 
 DEFAULTS = Settings.model_construct(**{name: field.default for name, field in Settings.model_fields.items()})
 

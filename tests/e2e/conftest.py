@@ -1,12 +1,16 @@
-"""A run of the shipped pipeline, which the tests of this folder look at."""
+"""A run of the shipped pipeline, which the tests of this folder look at, and MLflow's client to look with."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import mlflow
 import pytest
+from mlflow import MlflowClient
 
 from stack.airflow import Airflow
+from tests.support import StackUnderTest
 
 DAG_ID = "train_model"
 PATIENCE_S = 300
@@ -25,3 +29,13 @@ def finished(airflow: Airflow) -> dict[str, Any]:
         if one["state"] == "failed"
     }
     return {**airflow.xcom(DAG_ID, run_id, "register"), "run_id": run_id}
+
+
+@pytest.fixture(scope="module")
+def tracking(stack: StackUnderTest) -> Iterator[MlflowClient]:
+    """MLflow's client, as a person from outside uses it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_USERNAME", stack.settings.admin_user)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", stack.secret("admin_password"))
+        mlflow.set_tracking_uri(stack.mlflow_url)
+        yield MlflowClient(stack.mlflow_url)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import boto3
 import httpx
 import pytest
 from botocore.exceptions import ClientError
@@ -32,13 +31,7 @@ def http(stack: StackUnderTest) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def s3(stack: StackUnderTest) -> Any:
-    return boto3.client(
-        "s3",
-        endpoint_url=f"http://{stack.address('minio')}:9000",
-        region_name="us-east-1",
-        aws_access_key_id="mlflow",
-        aws_secret_access_key=stack.secret("mlflow_s3_secret"),
-    )
+    return stack.s3("mlflow")
 
 
 @pytest.fixture

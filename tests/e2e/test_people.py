@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import mlflow
 import pytest
 from mlflow import MlflowClient
 
@@ -117,26 +116,21 @@ def test_a_bad_name_is_refused(stack: StackUnderTest, bad: str) -> None:
     assert "E-USER-NAME" in refused.output or "usage:" in refused.output, refused.output
 
 
-def test_the_first_run(stack: StackUnderTest) -> None:
+def test_the_first_run(stack: StackUnderTest, tracking: MlflowClient) -> None:
     """In a virtual environment that is made for it: parameters, a metric over steps, a text, a figure, a model."""
     done = stack.make("first-run")
     assert done.code == 0, done.output
     link = re.search(rf"{re.escape(stack.mlflow_url)}/#/experiments/(\d+)/runs/(\w+)", done.output)
     assert link, done.output
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_USERNAME", stack.settings.admin_user)
-        patch.setenv("MLFLOW_TRACKING_PASSWORD", stack.secret("admin_password"))
-        mlflow.set_tracking_uri(stack.mlflow_url)
-        tracking = MlflowClient(stack.mlflow_url)
-        run = tracking.get_run(link[2])
-        assert run.info.status == "FINISHED"
-        assert run.data.params["hidden_layer_sizes"] == "32"
-        history = tracking.get_metric_history(link[2], "test_loss")
-        assert [one.step for one in history] == list(range(20))
-        assert history[-1].value < history[0].value
-        assert {one.path for one in tracking.list_artifacts(link[2])} >= {"data.txt", "confusion.png"}
-        models: list[Any] = tracking.search_logged_models([link[1]])
-        assert [model.source_run_id for model in models if model.source_run_id == link[2]] == [link[2]]
+    run = tracking.get_run(link[2])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["hidden_layer_sizes"] == "32"
+    history = tracking.get_metric_history(link[2], "test_loss")
+    assert [one.step for one in history] == list(range(20))
+    assert history[-1].value < history[0].value
+    assert {one.path for one in tracking.list_artifacts(link[2])} >= {"data.txt", "confusion.png"}
+    models: list[Any] = tracking.search_logged_models([link[1]])
+    assert [model.source_run_id for model in models if model.source_run_id == link[2]] == [link[2]]
 
 
 def test_the_variables_are_those_that_the_client_reads(stack: StackUnderTest) -> None:

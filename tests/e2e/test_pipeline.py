@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import boto3
 import mlflow
 import psycopg2
 import pytest
-from botocore.client import BaseClient
 from mlflow import MlflowClient
 
 from stack.airflow import Airflow
@@ -18,26 +15,6 @@ from tests.e2e.conftest import DAG_ID, PATIENCE_S
 from tests.support import StackUnderTest, wait_until
 
 MODEL = "tumour-classifier"
-
-
-@pytest.fixture(scope="module")
-def tracking(stack: StackUnderTest) -> Iterator[MlflowClient]:
-    """MLflow's client, as a person from outside uses it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_USERNAME", stack.settings.admin_user)
-        patch.setenv("MLFLOW_TRACKING_PASSWORD", stack.secret("admin_password"))
-        mlflow.set_tracking_uri(stack.mlflow_url)
-        yield MlflowClient(stack.mlflow_url)
-
-
-def s3(stack: StackUnderTest, identity: str) -> BaseClient:
-    return boto3.client(
-        "s3",
-        endpoint_url=f"http://{stack.address('minio')}:9000",
-        aws_access_key_id=identity,
-        aws_secret_access_key=stack.secret(f"{identity.replace('-', '_')}_s3_secret"),
-        region_name="us-east-1",
-    )
 
 
 def test_every_task_ran_once(airflow: Airflow, finished: dict[str, Any]) -> None:
@@ -56,7 +33,7 @@ def test_every_task_ran_once(airflow: Airflow, finished: dict[str, Any]) -> None
 def test_the_data_is_in_s3(stack: StackUnderTest, finished: dict[str, Any]) -> None:
     """The ingested CSV has all 569 rows."""
     key = f"{DAG_ID}/{finished['run_id']}/raw.csv"
-    body = s3(stack, "pipelines").get_object(Bucket="pipelines", Key=key)["Body"].read().decode()
+    body = stack.s3("pipelines").get_object(Bucket="pipelines", Key=key)["Body"].read().decode()
     assert len(body.splitlines()) == 570
 
 
@@ -88,7 +65,7 @@ def test_artifacts_are_in_minio(stack: StackUnderTest, tracking: MlflowClient, f
     with open(plot, "rb") as file:
         picture = file.read()
     assert picture.startswith(b"\x89PNG")
-    store = s3(stack, "mlflow")
+    store = stack.s3("mlflow")
     key = f"{finished['experiment_id']}/{champion.run_id}/artifacts/roc.png"
     assert store.get_object(Bucket="mlflow", Key=key)["Body"].read() == picture
     listed = store.list_objects_v2(Bucket="mlflow", Prefix=f"{finished['experiment_id']}/models/")["Contents"]
@@ -119,7 +96,7 @@ def test_the_task_log_comes_from_s3(stack: StackUnderTest, airflow: Airflow, fin
     log = airflow.task_log(DAG_ID, finished["run_id"], "ingest")
     assert f"s3://airflow-logs/tasks/{path}" in log
     assert "569 rows written" in log
-    stored = s3(stack, "airflow-logs").get_object(Bucket="airflow-logs", Key=f"tasks/{path}")["Body"].read()
+    stored = stack.s3("airflow-logs").get_object(Bucket="airflow-logs", Key=f"tasks/{path}")["Body"].read()
     assert b"569 rows written" in stored
     assert stack.exec("airflow-worker", "test", "-s", f"/opt/airflow/logs/{path}").code != 0
 

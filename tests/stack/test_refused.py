@@ -5,34 +5,16 @@ from __future__ import annotations
 import contextlib
 import socket
 
-import boto3
 import httpx
 import psycopg2
 import pytest
 import redis
-from botocore.client import BaseClient
-from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from tests.support import StackUnderTest
 
 DATABASES = ("airflow", "celery", "mlflow", "mlflow_auth")
 BUCKETS = {"mlflow": "mlflow", "airflow-logs": "airflow-logs", "pipelines": "pipelines"}
-
-
-def s3(stack: StackUnderTest, user: str, secret: str) -> BaseClient:
-    return boto3.client(
-        "s3",
-        endpoint_url=f"http://{stack.address('minio')}:9000",
-        aws_access_key_id=user,
-        aws_secret_access_key=secret,
-        region_name="us-east-1",
-        config=Config(retries={"total_max_attempts": 1}, connect_timeout=5),
-    )
-
-
-def s3_secret(stack: StackUnderTest, identity: str) -> str:
-    return stack.secret(f"{identity.replace('-', '_')}_s3_secret")
 
 
 def database(stack: StackUnderTest, role: str, name: str, password: str) -> None:
@@ -115,7 +97,7 @@ def test_the_queue_user_cannot_administer_redis(stack: StackUnderTest, command: 
 @pytest.mark.parametrize("identity", BUCKETS)
 def test_an_s3_identity_uses_its_own_bucket_only(stack: StackUnderTest, identity: str) -> None:
     """Each identity lists its bucket; every other bucket, and a list of all, is denied."""
-    client = s3(stack, identity, s3_secret(stack, identity))
+    client = stack.s3(identity)
     client.list_objects_v2(Bucket=BUCKETS[identity], MaxKeys=1)
     for other in set(BUCKETS.values()) - {BUCKETS[identity]}:
         with pytest.raises(ClientError, match="AccessDenied"):
@@ -131,16 +113,16 @@ def test_an_s3_identity_uses_its_own_bucket_only(stack: StackUnderTest, identity
 def test_s3_refuses_strangers(stack: StackUnderTest) -> None:
     """A wrong secret, an unknown identity and an anonymous caller get nothing."""
     with pytest.raises(ClientError, match="SignatureDoesNotMatch"):
-        s3(stack, "mlflow", "wrong-secret").list_objects_v2(Bucket="mlflow")
+        stack.s3("mlflow", "wrong-secret").list_objects_v2(Bucket="mlflow")
     with pytest.raises(ClientError, match="InvalidAccessKeyId"):
-        s3(stack, "stranger", "wrong-secret").list_objects_v2(Bucket="mlflow")
+        stack.s3("stranger", "wrong-secret").list_objects_v2(Bucket="mlflow")
     assert httpx.get(f"http://{stack.address('minio')}:9000/mlflow/").status_code == 403
 
 
 def test_the_log_identity_cannot_delete(stack: StackUnderTest) -> None:
     """Tasks write logs and cannot remove them."""
     with pytest.raises(ClientError, match="AccessDenied"):
-        s3(stack, "airflow-logs", s3_secret(stack, "airflow-logs")).delete_object(Bucket="airflow-logs", Key="x")
+        stack.s3("airflow-logs").delete_object(Bucket="airflow-logs", Key="x")
 
 
 def test_mlflow_asks_for_a_login(stack: StackUnderTest) -> None:

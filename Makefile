@@ -48,8 +48,8 @@ first-run: venv ## Log a first run to MLflow from outside the stack (examples/fi
 	@VENV=$(CLIENT) sh scripts/venv.sh examples/requirements.lock && $(PYTHON) scripts/env.py -- $(CLIENT)/bin/python examples/first_run.py
 demo: venv ## Run the training pipeline and follow it
 	@$(PYTHON) scripts/demo.py
-dag-test: venv ## Run one DAG in one process against the stack (DAG=train_model; ARGS="--conf {}")
-	@$(PYTHON) scripts/compose.py run --rm --no-deps airflow-cli airflow dags test $(DAG) $(ARGS)
+dag-test: venv ## Run a paused DAG in one process against the stack (DAG=train_model; ARGS="--conf {}")
+	@$(PYTHON) scripts/dag_idle.py $(DAG) && $(PYTHON) scripts/compose.py run --rm --no-deps airflow-cli airflow dags test $(DAG) $(ARGS)
 dag-lint: venv ## Read each DAG file and say what is wrong with it (ARGS="--strict train_model.py")
 	@$(PYTHON) scripts/compose.py run --rm --no-deps airflow-cli dag-lint $(ARGS)
 airflow: venv ## Run an Airflow command (ARGS="dags list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import mlflow
@@ -144,6 +145,25 @@ def test_a_broken_dag_file_harms_nobody(airflow: Airflow, stack: StackUnderTest)
     )
 
 
+def test_a_dag_that_the_scheduler_runs_is_not_tested_beside_it(airflow: Airflow, stack: StackUnderTest) -> None:
+    """Its run would be shared out between the worker and the process that tests it."""
+    airflow.set_paused(DAG_ID, False)
+    before = airflow.call("GET", f"/dags/{DAG_ID}/dagRuns")["total_entries"]
+    refused = stack.make("dag-test", f"DAG={DAG_ID}")
+    assert refused.code != 0
+    assert "E-DAG-LIVE" in refused.output
+    assert airflow.call("GET", f"/dags/{DAG_ID}/dagRuns")["total_entries"] == before
+
+
+@pytest.fixture
+def paused(airflow: Airflow) -> Iterator[None]:
+    was = airflow.wait_for_dag(DAG_ID)["is_paused"]
+    airflow.set_paused(DAG_ID, True)
+    yield
+    airflow.set_paused(DAG_ID, was)
+
+
+@pytest.mark.usefixtures("paused")
 def test_one_process_runs_it_as_well(stack: StackUnderTest, tracking: MlflowClient) -> None:
     """`make dag-test`, with the store and MLflow that a task has; a run that fails is a command that fails."""
     before = tracking.get_model_version_by_alias(MODEL, "champion").version
@@ -153,4 +173,5 @@ def test_one_process_runs_it_as_well(stack: StackUnderTest, tracking: MlflowClie
     assert tracking.get_model_version_by_alias(MODEL, "champion").version == before
     told = stack.make("dag-test", f"DAG={DAG_ID}")
     assert told.code == 0, told.output[-3000:]
+    assert "unrunnable tasks" not in told.output
     assert int(tracking.get_model_version_by_alias(MODEL, "champion").version) > int(before)

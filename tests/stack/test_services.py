@@ -105,7 +105,7 @@ for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
 """
     processes = stack.python("mlflow", code).output
     # uvicorn alone, or gunicorn with several.
-    assert "unicorn" in processes
+    assert "bin/uvicorn" in processes or "bin/gunicorn" in processes
     assert "mlflow server" not in processes
     assert "huey" not in processes
 

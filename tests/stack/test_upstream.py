@@ -160,8 +160,33 @@ def test_mlflows_s3_store_asks_for_its_client_there(stack: StackUnderTest) -> No
         "assert callable(S3ArtifactRepository._get_s3_client)\n"
         "assert 'self._get_s3_client()' in inspect.getsource(S3ArtifactRepository.log_artifact)\n"
         "assert ProxiedS3ArtifactRepository('proxied-s3://mlflow')._s3._get_s3_client() is s3_client()\n"
-        "from mlstack_server import Around, Inside, create_app\n"
+        "from mlstack_server import Around, Fork, Inside, create_app\n"
         "middleware = [one.cls for one in create_app().user_middleware]\n"
-        "assert middleware[0] is Around and middleware[-1] is Inside and len(middleware) > 3, middleware\n",
+        "assert middleware[:2] == [Fork, Around] and middleware[-1] is Inside and len(middleware) > 4, middleware\n",
+        "mlflow",
+    )
+
+
+def test_what_goes_to_flask_at_once_is_flasks(stack: StackUnderTest) -> None:
+    """No path of Flask's that mlstack_server.FLASK matches is FastAPI's as well, and the middleware that is left
+    out there is what there is."""
+    in_airflow(
+        stack,
+        "import os\n"
+        "os.environ['_MLFLOW_SGI_NAME'] = 'uvicorn'\n"
+        "from mlflow.server import app as flask, auth\n"
+        "from mlstack_server import FLASK, NOT_FOR_FLASK\n"
+        "app = auth.create_app()\n"
+        "native = auth._native_fastapi_routes(app)\n"
+        "def fastapis(path, method):\n"
+        "    scope = {'type': 'http', 'path': path, 'root_path': '', 'method': method, 'headers': []}\n"
+        "    return auth._scope_matches_native_route(native, scope)\n"
+        "assert fastapis('/api/2.0/mlflow-artifacts/artifacts/a', 'PUT')\n"
+        "rules = [(one.rule, method) for one in flask.url_map.iter_rules() if FLASK.match(one.rule)\n"
+        "         for method in one.methods]\n"
+        "assert len(rules) > 200, len(rules)\n"
+        "assert [one for one in rules if fastapis(*one)] == []\n"
+        "dispatched = {one.kwargs['dispatch'].__name__ for one in app.user_middleware if 'dispatch' in one.kwargs}\n"
+        "assert dispatched == NOT_FOR_FLASK, dispatched\n",
         "mlflow",
     )

@@ -45,8 +45,8 @@ WORKLOADS = {
     "chain": Workload("chain of 20 no-op tasks", "s", 0.25),
     "small_cpu": Workload("40 small CPU tasks in a row", "s", 0.33),
     "large_cpu": Workload("10 large CPU tasks in a row", "s", 1.0, floor="Python alone"),
-    "edits": Workload("DAG files edited until visible", "s", 1.0),
     "memory_after": Workload("memory after the runs above (peer: with MLflow)", "MiB", 0.5),
+    "edits": Workload("DAG files edited until visible", "s", 1.0),
     "load_run": Workload("10 minutes of load: a run at its end", "s", 1.0),
     "load_memory": Workload("10 minutes of load: memory added", "%", 5, against="alone"),
     "log_batch": Workload("MLflow: batches of 100 metrics", "1/s", 1.3, more_is_better=True),
@@ -93,11 +93,10 @@ class Bench:
             "chain": workloads.dag("bench_chain", warm=not quick),
             "small_cpu": workloads.dag("bench_small_cpu"),
             "large_cpu": workloads.dag("bench_large_cpu"),
-            "edits": workloads.edits(50),
         }
         if quick:
-            # The same code as the others, or, for the peer, minutes until it looks for new files.
-            for name in ("small_cpu", "large_cpu", "edits"):
+            # The same code as the others.
+            for name in ("small_cpu", "large_cpu"):
                 del self.airflow[name]
 
     def _take(self, side: str, name: str, measure: Callable[[], Sample]) -> bool:
@@ -151,14 +150,17 @@ class Bench:
             for name, measure in self.airflow.items():
                 self._take(side.name, name, partial(measure, airflow))
             self._take(side.name, "memory_after", lambda: workloads.memory_now(side.project))
-            if not self.quick and not number and {"load_run", "load_memory"} & set(self.measured):
-                self._load(side, airflow)
+            if not self.quick and not number:
+                self._first_round(side, airflow)
             if side is self.ours and "large_cpu" in self.airflow:
                 alone = partial(self.ours.python_alone, fibonacci=33, times=10)
                 self._take("floor", "large_cpu", lambda: Sample(alone(), "10 success"))
 
-    def _load(self, side: Side, airflow: Airflow) -> None:
-        """A quarter of an hour: in the first round only."""
+    def _first_round(self, side: Side, airflow: Airflow) -> None:
+        """Minutes for one sample, and the peer looks for new files every five."""
+        self._take(side.name, "edits", partial(workloads.edits(50), airflow))
+        if not {"load_run", "load_memory"} & set(self.measured):
+            return
         with step(f"{side.name}: 10 minutes of load"):
             try:
                 found = workloads.load(side.project, dags=100, tasks=5, minutes=10)(airflow)

@@ -194,7 +194,7 @@ def test_container_memory_in_either_layout(tmp_path: Path) -> None:
     for name, text in {
         "memory.max": "1000\n",
         "memory.current": "700\n",
-        "memory.stat": "anon 1\ninactive_file 100\n",
+        "memory.stat": "anon 1\ninactive_file 50\nactive_file 30\nslab_reclaimable 20\n",
         "memory.events": "oom 3\noom_kill 2\n",
     }.items():
         (new / name).write_text(text)
@@ -202,7 +202,7 @@ def test_container_memory_in_either_layout(tmp_path: Path) -> None:
     for name, text in {
         "memory.limit_in_bytes": "1000\n",
         "memory.usage_in_bytes": "700\n",
-        "memory.stat": "inactive_file 1\ntotal_inactive_file 100\n",
+        "memory.stat": "inactive_file 1\ntotal_inactive_file 60\ntotal_active_file 40\n",
         "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
     }.items():
         (old / "memory" / name).write_text(text)

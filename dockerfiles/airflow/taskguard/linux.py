@@ -176,7 +176,8 @@ class Container:
 
     limit: int
     used: int
-    """What cannot be given back: without the page cache of files not used lately."""
+    """What cannot be given back: without the page cache of files, and without the kernel's caches of file names
+    and the like where they are told apart (cgroup v2)."""
     oom_kills: int
 
 
@@ -196,19 +197,22 @@ def _number(path: Path) -> int:
     return int(text) if text.isdigit() else 2**63
 
 
+def _sum(cgroup: Path, *names: str) -> int:
+    found = _figures(cgroup / "memory.stat")
+    return sum(found.get(name, 0) for name in names)
+
+
 def container(root: Path = _CGROUPS) -> Container:
     """Limit, use and kernel OOM kills of the cgroup that is mounted at `root`."""
     if (root / "memory.max").exists():
-        cache = _figures(root / "memory.stat").get("inactive_file", 0)
         return Container(
             _number(root / "memory.max"),
-            _number(root / "memory.current") - cache,
+            _number(root / "memory.current") - _sum(root, "inactive_file", "active_file", "slab_reclaimable"),
             _figures(root / "memory.events").get("oom_kill", 0),
         )
     old = root / "memory"
-    cache = _figures(old / "memory.stat").get("total_inactive_file", 0)
     return Container(
         _number(old / "memory.limit_in_bytes"),
-        _number(old / "memory.usage_in_bytes") - cache,
+        _number(old / "memory.usage_in_bytes") - _sum(old, "total_inactive_file", "total_active_file"),
         _figures(old / "memory.oom_control").get("oom_kill", 0),
     )

@@ -38,7 +38,6 @@ MODULES = (
     "airflow.dag_processing.dagbag",
     "airflow.sdk.execution_time.supervisor",
     "airflow.sdk.execution_time.task_runner",
-    "airflow.sdk.execution_time.secrets_masker",
     "airflow.sdk.definitions.asset.metadata",
     "airflow.sdk.definitions.decorators",
     "airflow.providers.standard.operators.python",

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import sqlalchemy
-from mlflow.entities import Metric
+from mlflow.entities import DatasetInput, Metric
+from mlflow.store.tracking.dbmodels.models import SqlRun
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.validation import _validate_metric
+from sqlalchemy.orm import Session
 
 ROWS = (
     "unnest(CAST(:keys AS text[]), CAST(:values AS float8[]), CAST(:timestamps AS bigint[]),"
@@ -42,7 +44,16 @@ LATEST = sqlalchemy.text(
 
 
 class PostgresStore(SqlAlchemyStore):  # type: ignore[misc]
-    """MLflow's own store but for how metrics are written."""
+    """MLflow's own store but for how metrics are written, and for a question about new runs."""
+
+    def _get_run_inputs(self, session: Session, run_uuids: Sequence[str]) -> list[list[DatasetInput]]:
+        """The data sets of each run. A run that is being created has none: MLflow would ask nevertheless, a fifth
+        of a creation's CPU."""
+        new = {one.run_uuid for one in session.new if isinstance(one, SqlRun)}
+        if new.issuperset(run_uuids):
+            return [[] for _ in run_uuids]
+        found: list[list[DatasetInput]] = super()._get_run_inputs(session, run_uuids)
+        return found
 
     def _log_metrics_once(self, run_id: str, metrics: Sequence[Metric]) -> None:
         """Writes a batch of metrics of a run, in one transaction; one that is there already is no error.

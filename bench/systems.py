@@ -45,6 +45,7 @@ def fresh_dags() -> None:
     shutil.copytree(HERE / "dags", DAGS, ignore=shutil.ignore_patterns("__pycache__"))
     # Part of the image's identity: the same image, then, as this clone's.
     shutil.copy(ROOT / "dags/requirements.txt", DAGS)
+    shutil.copytree(ROOT / "dags/environments", DAGS / "environments", dirs_exist_ok=True)
 
 
 @dataclass(frozen=True)

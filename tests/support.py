@@ -19,7 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import boto3
@@ -146,6 +149,18 @@ class StackUnderTest:
 
     def airflow(self) -> Airflow:
         return Airflow(self.airflow_url, self.settings.admin_user, self.secret("admin_password"))
+
+
+def program(name: str) -> ModuleType:
+    """One of the programs in Airflow's image that have no ending, as a module."""
+    loader = SourceFileLoader(name.replace("-", "_"), str(ROOT / "dockerfiles/airflow" / name))
+    spec = spec_from_loader(loader.name, loader)
+    assert spec
+    module = module_from_spec(spec)
+    # Its dataclasses look for their module there.
+    sys.modules[loader.name] = module
+    loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def tags(settings: Settings) -> dict[str, str]:
     for image in IMAGES:
         files = base + list(_files(DOCKERFILES / SOURCES[image].folder))
         if image == "airflow":
-            files.append(user_requirements(settings))
+            files += [user_requirements(settings), *user_environments(settings)]
         digest = hashlib.sha256(settings.base_image.encode())
         for path in files:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -93,6 +93,11 @@ def user_requirements(settings: Settings) -> Path:
             fix=f"touch '{path}', or correct DAGS_DIR in stack.env",
         )
     return path
+
+
+def user_environments(settings: Settings) -> list[Path]:
+    """The operator's files for environments of their own (dags/environments/NAME.txt); there need not be any."""
+    return sorted((ROOT / settings.dags_dir).resolve().glob("environments/[!.]*.txt"))
 
 
 def _files(folder: Path) -> Iterable[Path]:

@@ -194,6 +194,21 @@ def test_a_package_that_contradicts_the_image_stops_the_build(stack: StackUnderT
     assert ids(stack) == before
 
 
+def test_an_environment_that_cannot_be_stops_the_build(stack: StackUnderTest) -> None:
+    """The message names the file, and the resolver's what is wrong with it; the stack runs on."""
+    path = stack.clone / "dags" / "environments" / "broken.txt"
+    before = ids(stack)
+    try:
+        path.write_text("six<1\nsix>1\n")
+        said = stack.make("up")
+    finally:
+        path.unlink()
+    assert said.code != 0, said.output
+    for text in ("error[E-BUILD]", "E-REQUIREMENTS", "dags/environments/broken.txt", "unsatisfiable"):
+        assert text in said.output, said.output
+    assert ids(stack) == before
+
+
 def test_interrupting_a_restart_loses_nothing(stack: StackUnderTest) -> None:
     """Ctrl-C in the middle of `make restart`, then `make up`: all healthy."""
     child = stack.start("make", "--no-print-directory", "restart")

@@ -85,7 +85,7 @@ def test_versions_agree() -> None:
         return match[1]
 
     server = found(r"^mlflow==(\S+)", "dockerfiles/mlflow/requirements.in")
-    for client in ("dockerfiles/airflow/requirements.in", "tests/requirements.in"):
+    for client in ("dockerfiles/airflow/requirements.in", "tests/requirements.in", "dags/environments/xgboost.txt"):
         assert found(r"^mlflow-skinny==(\S+)", client) == server
     assert found(r"^ARG VERSION=(\S+)", "dockerfiles/postgres/Dockerfile") == found(
         r"^readonly major=(\S+)", "dockerfiles/postgres/postgres-server"

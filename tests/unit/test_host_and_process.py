@@ -190,6 +190,15 @@ def test_tags_follow_the_operators_packages_and_base(tmp_path: Path) -> None:
     assert images.tags(chosen) == before
     other = images.tags(chosen.model_copy(update={"base_image": "registry.example.com/debian:13"}))
     assert all(tag != before[name] for name, tag in other.items())
+    (tmp_path / "environments").mkdir()
+    (tmp_path / "environments/README").write_text("no environment\n")
+    (tmp_path / "environments/.heavy.txt.swp").write_text("an editor's\n")
+    assert images.tags(chosen) == before, "nothing that becomes an environment is there"
+    (tmp_path / "environments/heavy.txt").write_text("polars\n")
+    heavy = images.tags(chosen)
+    assert {name for name, tag in heavy.items() if tag != before[name]} == {"airflow"}
+    (tmp_path / "environments/heavy.txt").rename(tmp_path / "environments/other.txt")
+    assert images.tags(chosen)["airflow"] != heavy["airflow"]
     (tmp_path / "requirements.txt").unlink()
     with pytest.raises(StackError, match=r"requirements\.txt does not exist"):
         images.tags(chosen)

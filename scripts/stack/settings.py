@@ -77,6 +77,20 @@ def _matching(pattern: str, hint: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+# Nothing in it that Compose, Airflow's configuration or a shell would read as something else, and no password.
+_GIT_PATH = r"[A-Za-z0-9._~+%@-]+(/[A-Za-z0-9._~+%@-]+)*/?"
+_GIT_HOST = r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d{1,5})?"
+_GIT_URL = "|".join(
+    [
+        "",
+        rf"https://([A-Za-z0-9._-]+@)?{_GIT_HOST}/{_GIT_PATH}",
+        rf"ssh://[A-Za-z0-9._-]+@{_GIT_HOST}/{_GIT_PATH}",
+        rf"file:///{_GIT_PATH}",
+    ]
+)
+_GIT_NAME = r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*"
+
+
 Size = Annotated[int | None, BeforeValidator(_size)]
 Port = Annotated[int, BeforeValidator(_port)]
 Address = Annotated[str, AfterValidator(_address), AfterValidator(_loopback)]
@@ -132,6 +146,24 @@ class Settings(BaseModel):
     dags_dir: str = Field(
         "./dags", title="Your code", description="Your DAGs; seen by Airflow within seconds of a change."
     )
+    dags_git_url: Annotated[
+        str,
+        _matching(
+            _GIT_URL,
+            "write https://host/path, ssh://user@host/path or file:///folder; a token belongs into "
+            "secrets/dags_git_token, a key into secrets/dags_git_key (docs/operate.md)",
+        ),
+    ] = Field(
+        "",
+        title="Your code",
+        description="A Git repository to take DAGs from instead: https://, ssh:// or file:/// (docs/operate.md).",
+    )
+    dags_git_ref: Annotated[str, _matching(_GIT_NAME, "not the name of a branch or tag")] = Field(
+        "main", title="Your code", description="The branch or tag of that repository."
+    )
+    dags_git_subdir: Annotated[
+        str, _matching(rf"|{_GIT_NAME}", "not a folder in the repository: write its path, such as team/dags")
+    ] = Field("", title="Your code", description="The folder of that repository with the DAGs. Empty: all of it.")
     plugins_dir: str = Field(
         "./plugins", title="Your code", description="Your Airflow plugins; read at the next `make restart`."
     )
@@ -210,7 +242,8 @@ def parse(text: str, source: str = "stack.env") -> Settings:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         problems += [
-            f"{str(problem['loc'][0]).upper()}={problem['input']}: {problem['msg'].removeprefix('Value error, ')}"
+            f"{str(problem['loc'][0]).upper()}={_shown(problem['input'])}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
             for problem in error.errors()
         ]
     ports = [settings.airflow_port, settings.mlflow_port, *([settings.flower_port] if settings.flower == "on" else [])]
@@ -224,6 +257,11 @@ def parse(text: str, source: str = "stack.env") -> Settings:
             fix=f"correct {source}; an empty or commented line takes the default",
         )
     return settings
+
+
+def _shown(value: Any) -> str:
+    """A value as an error may show it: without the password of an address."""
+    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:...@", str(value))
 
 
 def load(path: Path) -> Settings:

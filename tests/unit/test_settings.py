@@ -98,6 +98,40 @@ def test_names_that_others_would_refuse_later(line: str) -> None:
     assert line in refused(line)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "https://git.example/team/dags.git",
+        "https://me@git.example:8443/My%20Team/_git/dags/",
+        "ssh://git@git.example:2222/~me/dags.git",
+        "file:///srv/git/dags.git",
+    ],
+)
+def test_addresses_of_repositories(value: str) -> None:
+    assert settings.parse(f"DAGS_GIT_URL={value}").dags_git_url == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("http://git.example/x", "git@git.example:x", "ssh://git.example/x", "/srv/git", "file://srv/git", "file:///"),
+        *("https://git.example", "https://-x/y", "ext::sh", "https://git.example/$HOME", "https://git.example/a'b"),
+        "https://me:hidden@git.example/x",
+    ],
+)
+def test_what_is_no_address_of_a_repository(value: str) -> None:
+    """In the clear, in a form that says less, or with what .env or Airflow would read as something else. A password
+    is not repeated."""
+    why = refused(f"DAGS_GIT_URL={value}")
+    assert "write https://host/path" in why
+    assert "hidden" not in why
+
+
+@pytest.mark.parametrize("line", ["DAGS_GIT_REF=-x", "DAGS_GIT_REF=", "DAGS_GIT_SUBDIR=/x", "DAGS_GIT_SUBDIR=a/../.."])
+def test_bad_names_in_a_repository(line: str) -> None:
+    assert line in refused(line)
+
+
 def test_an_empty_value_of_a_sized_key_is_the_default() -> None:
     found = settings.parse("STACK_MEMORY=\nSTACK_CPUS=auto\n# a comment\n\n")
     assert found == settings.DEFAULTS

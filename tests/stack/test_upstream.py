@@ -148,6 +148,45 @@ def test_the_executor_rests_while_tasks_wait(stack: StackUnderTest) -> None:
     )
 
 
+def test_the_git_bundle_keeps_its_copies_there(stack: StackUnderTest) -> None:
+    """The worker's repository is the DAG processor's bare copy; dag-checkouts looks through the versions, and for the
+    lock on one that a task uses; dagsource.CommitBundle is told of each commit by refresh()."""
+    in_airflow(
+        stack,
+        "import atexit, fcntl, inspect, os, shutil\n"
+        "os.environ['AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_STORAGE_PATH'] = '/tmp/upstream'\n"
+        "atexit.register(shutil.rmtree, '/tmp/upstream', ignore_errors=True)\n"
+        "os.environ['AIRFLOW_CONN_DAGS_GIT'] = '{\"conn_type\": \"git\"}'\n"
+        "from airflow.dag_processing.bundles.base import BundleVersionLock\n"
+        "from dagsource import CommitBundle\n"
+        "words = {'name': 'dags-git', 'tracking_ref': 'main', 'repo_url': 'file:///x', 'git_conn_id': 'dags_git'}\n"
+        "made = CommitBundle(**words)\n"
+        "assert made.hook and not made.hook.auth_token\n"
+        "assert str(made.bare_repo_path) == '/tmp/upstream/dags-git/bare'\n"
+        "assert str(made.path) == '/tmp/upstream/dags-git/tracking_repo'\n"
+        "assert str(CommitBundle(**words, version='v1').path) == '/tmp/upstream/dags-git/versions/v1'\n"
+        "assert 'self.refresh()' in inspect.getsource(type(made)._initialize)\n"
+        "with BundleVersionLock('dags-git', 'v1'), open('/tmp/upstream/_tracking/dags-git/v1') as mark:\n"
+        "    try:\n"
+        "        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "    except BlockingIOError:\n"
+        "        pass\n"
+        "    else:\n"
+        "        raise AssertionError('a version in use is not locked')\n",
+    )
+
+
+def test_the_tools_for_a_repository_are_there(stack: StackUnderTest) -> None:
+    """git trusts the place of a mounted folder alone; ssh asks nobody; neither needs the Perl that was left out."""
+    told = stack.exec("airflow-dag-processor", "git", "config", "--system", "--get-all", "safe.directory")
+    assert told.output.split() == ["/srv/dags.git", "/srv/dags.git/.git"]
+    told = stack.exec("airflow-dag-processor", "ssh", "-G", "git.example")
+    assert "batchmode yes" in told.output, told.output
+    clone = "cd $(mktemp -d) && git init -q --bare a && git clone -q file://$PWD/a b && git -C b gc -q"
+    told = stack.exec("airflow-worker", "bash", "-c", clone)
+    assert told.code == 0, told.output
+
+
 def test_mlflows_s3_store_asks_for_its_client_there(stack: StackUnderTest) -> None:
     """mlstack_artifacts gives it one client for good; and MLflow's FastAPI application keeps its middleware in a
     list that mlstack_server puts its own around and inside of."""

@@ -3,7 +3,7 @@
 Imports once, in the parent, what every task would import for itself: a task's private memory falls
 from 35 to 18 MB and its CPU from 0.3 to 0.06 s. Spares each task a heartbeat at its very start. Starts
 the guard and keeps it running, tells it which pool process has which task, writes the heartbeat that
-worker-probe reads, and clears away what uploaded logs leave behind.
+worker-probe reads, and clears away what uploaded logs and old versions of the DAGs leave behind.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ from taskguard import linux, protocol
 HEARTBEAT = Path("/dev/shm/celery-heartbeat")
 """Touched at each heartbeat of Celery's main loop; in memory, gone with the container."""
 
-DAGS = Path("/opt/airflow/dags")
+DAGS = Path(os.environ.get("TASKGUARD_DAGS", "/opt/airflow/dags"))
+"""Where the DAG files can be read before the first task; the DAG processor's copy, if they are from Git."""
 POOL_PROCESS_SCORE = 200
 """Should the kernel have to choose among Celery's processes, a pool process loses one task, Celery's
 main process all of them. Tasks stand far above both (listener.py)."""
@@ -49,10 +51,12 @@ MODULES = (
 CLEAR_EVERY_S = 3600
 CLEAR_AFTER_MIN = 24 * 60
 """Minutes. Long after a task's last attempt or poke: its folder must not go while a log is opened in it."""
+CHECKOUTS = "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_STORAGE_PATH"
+"""Set where the DAGs are from Git: there each version that a task has run is a folder."""
 
 log = logging.getLogger(__name__)
 _guard: subprocess.Popen[bytes] | None = None
-_clearing: subprocess.Popen[bytes] | None = None
+_clearing: list[subprocess.Popen[bytes]] = []
 _cleared_at = -float("inf")
 
 
@@ -73,11 +77,19 @@ def imported_by(folder: Path) -> set[tuple[str, str]]:
     return {one for one in found if one[0].startswith(("airflow.providers.", "airflow.sdk"))}
 
 
+def bundles() -> set[tuple[str, str]]:
+    """The classes that bring the DAG files to a task, and their modules."""
+    from airflow.configuration import conf
+
+    paths = [one["classpath"].rpartition(".") for one in conf.getjson("dag_processor", "dag_bundle_config_list")]
+    return {(module, name) for module, _, name in paths}
+
+
 @worker_init.connect
 def preload(**_: object) -> None:
     """Imports MODULES and what the DAGs use, and moves everything alive out of the collector's
     sight, so that a forked child does not copy pages merely by collecting garbage."""
-    for module, name in (*((module, "") for module in MODULES), *sorted(imported_by(DAGS))):
+    for module, name in (*((module, "") for module in MODULES), *sorted(bundles() | imported_by(DAGS))):
         try:
             imported = importlib.import_module(module)
             if name:
@@ -125,29 +137,29 @@ def keep_guard() -> None:
         _guard = subprocess.Popen([sys.executable, "-m", "taskguard.guard"], stdin=subprocess.DEVNULL)
 
 
-def clear_logs() -> None:
+def clear() -> None:
     """Deletes, once an hour, the old empty files that uploaded logs leave behind, and old empty folders. A
-    log that could not be uploaded is not empty, and stays."""
+    log that could not be uploaded is not empty, and stays. Also the checkouts of DAGs that no task uses."""
     global _clearing, _cleared_at
-    if _clearing is not None and _clearing.poll() is None:
-        return
-    _clearing = None
-    if time.monotonic() - _cleared_at < CLEAR_EVERY_S:
+    _clearing = [one for one in _clearing if one.poll() is None]
+    if _clearing or time.monotonic() - _cleared_at < CLEAR_EVERY_S:
         return
     _cleared_at = time.monotonic()
     from airflow.configuration import conf
 
     old = ["-mindepth", "1", "-mmin", f"+{CLEAR_AFTER_MIN}", "-empty", "-delete"]
-    words = ["find", conf.get_mandatory_value("logging", "base_log_folder"), *old]
-    _clearing = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+    commands = [["find", conf.get_mandatory_value("logging", "base_log_folder"), *old]]
+    if CHECKOUTS in os.environ:
+        commands.append(["dag-checkouts"])
+    _clearing = [subprocess.Popen(words, stdin=subprocess.DEVNULL) for words in commands]
 
 
 @heartbeat_sent.connect
 def beat(**_: object) -> None:
-    """Tells worker-probe that the main loop turns, every 2 s, and looks after the guard and the logs."""
+    """Tells worker-probe that the main loop turns, every 2 s, and looks after the guard and the disk."""
     HEARTBEAT.touch()
     keep_guard()
-    clear_logs()
+    clear()
 
 
 @worker_process_init.connect

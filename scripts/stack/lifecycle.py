@@ -6,15 +6,17 @@ import hashlib
 import os
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from stack import compose, engine, host, images, preflight, secrets, settings
+from stack import compose, dags, engine, host, images, preflight, secrets, settings
 from stack.compose import Compose, Container
 from stack.console import say, step
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
 from stack.plan import Plan
+from stack.process import capture
 from stack.process import start as start_process
 
 UP_PATIENCE_S = 420
@@ -43,10 +45,13 @@ def prepare(instance: Instance) -> Prepared:
     preflight.raise_all(preflight.before_engine(found, chosen, instance))
     running = engine.ensure(found, may_install=chosen.install_engine == "auto")
     tags = images.tags(chosen)
-    due = bool(images.missing(chosen, tags))
-    preflight.raise_all(preflight.with_engine(found, chosen, running, to_build=due and chosen.image_source == "build"))
+    due = images.missing(chosen, tags)
+    to_build = bool(due) and chosen.image_source == "build"
+    preflight.raise_all(preflight.with_engine(found, chosen, running, to_build=to_build))
     missing = secrets.check(instance.secrets, data_exists=bool(compose.volumes(chosen.stack_name)))
     plan = preflight.plan_for(found, chosen, running)
+    if "airflow" not in due:
+        _check_dags(instance, chosen, tags)
 
     # --- From here on files are written. ---
     instance.directory.mkdir(parents=True, exist_ok=True)
@@ -56,15 +61,31 @@ def prepare(instance: Instance) -> Prepared:
         written.append(instance.settings_file.name)
     written += [f"secrets/{name}" for name in secrets.ensure(instance.secrets, chosen, missing)]
     values = compose.environment(instance, chosen, plan, tags) | {
-        "SECRETS_DIGEST": _digest(instance.secrets),
+        "SECRETS_DIGEST": _digest(instance.secrets, without=dags.SECRETS),
         "CONFIG_DIGEST": _digest(ROOT / "config"),
     }
+    if chosen.dags_git_url:
+        values["DAGS_GIT_DIGEST"] = _digest(instance.secrets, only=dags.SECRETS)
     text = compose.render_environment(values)
     if not instance.env_file.exists() or instance.env_file.read_text(encoding="utf-8") != text:
         instance.env_file.write_text(text, encoding="utf-8")
         written.append(instance.env_file.name)
     _hand_over(instance)
     return Prepared(chosen, plan, tags, written)
+
+
+def _check_dags(instance: Instance, chosen: settings.Settings, tags: dict[str, str], *, late: bool = False) -> None:
+    """Asks the DAGs' repository, if there is one. It takes Airflow's image; `late`: that had to be made first."""
+    if not chosen.dags_git_url:
+        return
+    planned = instance.env_file.read_text(encoding="utf-8") if instance.env_file.exists() else ""
+    dags.check(
+        chosen,
+        secrets.given(instance.secrets),
+        images.name(chosen, "airflow", tags["airflow"]),
+        accepted=not late and dags.variables(chosen)["DAG_BUNDLE_STORAGE"] in planned,
+        changed="the plan, the secrets and the images; no container" if late else "nothing",
+    )
 
 
 def summary(written: list[str]) -> str:
@@ -74,11 +95,14 @@ def summary(written: list[str]) -> str:
     return ", ".join([*files, *([f"{count} secrets"] if count else [])])
 
 
-def _digest(folder: Path) -> str:
-    """Changes when any file of a folder does: containers are made anew when what they mount changed."""
+def _digest(folder: Path, *, only: Collection[str] = (), without: Collection[str] = ()) -> str:
+    """Changes when any file of a folder does: containers are made anew when what they mount changed.
+
+    With names in `only` or `without`: when one of these does, or one of the others.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name not in without and (not only or path.name in only):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -100,7 +124,8 @@ def up(instance: Instance) -> Prepared:
     prepared = prepare(instance)
     if prepared.written:
         say(f"init: wrote {summary(prepared.written)}")
-    images.ensure(host.read(), prepared.settings, prepared.tags)
+    if "airflow" in images.ensure(host.read(), prepared.settings, prepared.tags):
+        _check_dags(instance, prepared.settings, prepared.tags, late=True)
     stack = Compose(instance)
     if is_current(stack):
         say("nothing to do: every service is healthy and as configured")
@@ -214,6 +239,10 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
             time.sleep(0.3)
         output.seek(0)
         tail = "\n".join(output.read().strip().splitlines()[-8:])
+    if code == 0 and volumes:
+        # Compose removes what its files declare now; a setting that is off again may have left more.
+        for name in compose.volumes(stack.project):
+            capture(["docker", "volume", "rm", name], timeout=60)
     if code != 0:
         raise StackError(
             "E-DOWN",

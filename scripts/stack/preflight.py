@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from stack import compose, images
+from stack import compose, dags, images, secrets
 from stack.engine import Engine
 from stack.errors import StackError
 from stack.host import Host, free_disk_mib
@@ -57,6 +57,8 @@ def before_engine(host: Host, settings: Settings, instance: Instance) -> list[St
             lambda: check_folder(settings.dags_dir, "DAGS_DIR"),
             lambda: check_folder(settings.plugins_dir, "PLUGINS_DIR"),
             lambda: images.user_requirements(settings),
+            lambda: dags.check_folder(settings),
+            lambda: dags.connection(settings, secrets.given(instance.secrets)) if settings.dags_git_url else None,
             lambda: images.ca_bundle(settings),
             lambda: check_writable(instance.directory),
             lambda: compose.render_environment({"STACK_DIR": str(instance.directory), "the clone": str(ROOT)}),

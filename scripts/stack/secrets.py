@@ -1,7 +1,7 @@
 """The stack's secrets: made once, one file each, never printed, logged or put on a command line.
 
-*Primary* secrets are random. *Derived* ones (URLs, connection documents, an ACL) are rendered from
-them at every `make init`, so that each consumer mounts one ready file.
+*Primary* secrets are random. *Given* ones the operator writes, where a setting needs them. *Derived* ones (URLs,
+connection documents, an ACL) are rendered from both at every `make init`, so that each consumer mounts one ready file.
 
 Files are 0444 inside a 0700 directory: the directory keeps other users of the host out, and each
 container, whatever its uid, can read the files that are mounted into it.
@@ -17,7 +17,9 @@ import string
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
+from stack import dags
 from stack.errors import StackError
 from stack.settings import Settings
 
@@ -59,8 +61,10 @@ PRIMARY: Mapping[str, Callable[[], str]] = {
 """Name -> how to make it. A name is a file in secrets/ and a secret in compose/secrets.yaml."""
 
 
-def derive(primary: Mapping[str, str], settings: Settings) -> dict[str, str]:
-    """The files that follow from the primary secrets; the same input gives the same bytes."""
+def derive(
+    primary: Mapping[str, str], settings: Settings, given: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """The files that follow from the primary and the given secrets; the same input gives the same bytes."""
 
     def database(name: str) -> str:
         return f"postgresql+psycopg2://{name}:{primary[f'{name}_db_password']}@postgres:5432/{name}"
@@ -109,6 +113,7 @@ def derive(primary: Mapping[str, str], settings: Settings) -> dict[str, str]:
         "conn_stack_logs": s3_connection("airflow-logs"),
         "conn_stack_data": s3_connection("pipelines"),
         "flower_basic_auth": f"{settings.admin_user}:{primary['flower_password']}",
+        **({"conn_dags_git": dags.connection(settings, given)} if settings.dags_git_url else {}),
     }
 
 
@@ -119,34 +124,19 @@ def derived_names() -> list[str]:
     return list(derive(dict.fromkeys(PRIMARY, "x"), DEFAULTS))
 
 
+def given(directory: Path) -> dict[str, str]:
+    """The secrets that the operator has written. Raises StackError (E-SECRET) for a damaged one. Changes nothing."""
+    found = {name: _read(directory / name) for name in dags.GIVEN}
+    return {name: text for name, text in found.items() if text is not None}
+
+
 def check(directory: Path, *, data_exists: bool) -> list[str]:
     """The primary secrets that are not there yet. Changes nothing.
 
     Raises StackError: E-SECRET for a file that is empty or unreadable, E-SECRET-LOST for a missing
     one while volumes of this stack exist, whose data was written with it.
     """
-    missing = []
-    for name in PRIMARY:
-        path = directory / name
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            missing.append(name)
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            raise StackError(
-                "E-SECRET",
-                f"the secret {path} cannot be read",
-                why=str(error),
-                fix=f"make it readable: chmod u+r '{path}'; after a run with sudo: chown -R $(id -u) '{directory}'",
-            ) from error
-        if not text or "\x00" in text:
-            raise StackError(
-                "E-SECRET",
-                f"the secret {path} is empty",
-                why="a service that starts with it would lock itself out of its own data",
-                fix="put its content back from your backup of secrets/; on a stack without data, delete the file",
-            )
+    missing = [name for name in PRIMARY if _read(directory / name) is None]
     if missing and data_exists:
         raise StackError(
             "E-SECRET-LOST",
@@ -156,6 +146,29 @@ def check(directory: Path, *, data_exists: bool) -> list[str]:
             "Without a backup: `make clean` deletes the data, and the next `make up` begins anew",
         )
     return missing
+
+
+def _read(path: Path) -> str | None:
+    """A secret's text; None where there is no such file. Raises StackError (E-SECRET) for a damaged one."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StackError(
+            "E-SECRET",
+            f"the secret {path} cannot be read",
+            why=str(error),
+            fix=f"make it readable: chmod u+r '{path}'; after a run with sudo: chown -R $(id -u) '{path.parent}'",
+        ) from error
+    if not text or "\x00" in text:
+        raise StackError(
+            "E-SECRET",
+            f"the secret {path} is empty",
+            why="a service that starts with it would lock itself out of its own data",
+            fix="put its content back from your backup of secrets/; on a stack without data, delete the file",
+        )
+    return text
 
 
 def ensure(directory: Path, settings: Settings, missing: list[str]) -> list[str]:
@@ -171,7 +184,11 @@ def ensure(directory: Path, settings: Settings, missing: list[str]) -> list[str]
         if path.stat().st_mode & 0o777 != _MODE:
             path.chmod(_MODE)
     primary = {name: (directory / name).read_text(encoding="utf-8").strip() for name in PRIMARY}
-    for name, text in derive(primary, settings).items():
+    derived = derive(primary, settings, given(directory) if settings.dags_git_url else {})
+    if "conn_dags_git" not in derived:
+        # It holds a copy of the token or the key.
+        (directory / "conn_dags_git").unlink(missing_ok=True)
+    for name, text in derived.items():
         path = directory / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             _write(path, text)

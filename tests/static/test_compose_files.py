@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stack import compose, images, plan, secrets, settings
+from stack import compose, dags, images, plan, secrets, settings
 from stack.instance import ROOT, Instance
 from stack.lifecycle import JOBS
 
@@ -67,6 +68,57 @@ def test_every_value_is_used(merged: compose.Compose) -> None:
     named = set(re.findall(r"\$\{(\w+)", text))
     assert len(named) > 40
     assert named == {name for name in merged.values if not name.startswith("COMPOSE_")}
+
+
+SCHEMES = {
+    "https": "https://git.example/team/dags.git",
+    "ssh": "ssh://git@git.example/team/dags.git",
+    "file": "file:///srv/git/dags.git",
+}
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def git(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> compose.Compose:
+    """All files, for DAGs from a Git repository."""
+    instance = Instance(tmp_path_factory.mktemp("an instance"))
+    (instance.directory / "ca.pem").write_text("BEGIN CERTIFICATE")
+    chosen = settings.parse(f"DAGS_GIT_URL={SCHEMES[request.param]}\nCA_BUNDLE={instance.directory}/ca.pem\nFLOWER=on")
+    values = compose.environment(
+        instance, chosen, plan.make_plan(plan.load_sizing(), 8192, 2), dict.fromkeys(images.IMAGES, "tag")
+    )
+    values |= {"SECRETS_DIGEST": "a", "CONFIG_DIGEST": "b", "DAGS_GIT_DIGEST": "c"}
+    instance.env_file.write_text(compose.render_environment(values))
+    return compose.Compose(instance)
+
+
+def test_git_every_value_is_set_and_used(git: compose.Compose) -> None:
+    """As without a repository: not a word from Compose, and nothing in .env that nobody reads."""
+    done = git.capture("config", "--quiet", check=False)
+    assert (done.code, done.out, done.err) == (0, "", "")
+    files = [Path(name) for name in git.values["COMPOSE_FILE"].split(":")]
+    text = "".join(file.read_text(encoding="utf-8") for file in [*files, ROOT / "compose/common.yaml"])
+    assert set(re.findall(r"\$\{(\w+)", text)) == {name for name in git.values if not name.startswith("COMPOSE_")}
+
+
+def test_git_only_the_dag_processor_has_the_credentials(git: compose.Compose) -> None:
+    """The others see its copy, and cannot write to it: the DAG processor holds the metadata database's login."""
+    services = git.capture("--profile", "*", "config", "--format", "json").out
+    copies = {}
+    for name, service in json.loads(services)["services"].items():
+        mounted = {one["source"] for one in service.get("secrets", [])}
+        assert bool(mounted & set(dags.SECRETS)) is (name == "airflow-dag-processor"), name
+        for mount in service.get("volumes", []):
+            assert mount["type"] == "volume" or mount.get("read_only") is True, (name, mount)
+            if mount["source"] == "dag-bundles":
+                copies[name] = mount.get("read_only", False)
+    assert copies == {"airflow-dag-processor": False, "airflow-worker": True, "airflow-cli": True}
+
+
+def test_git_every_overlay_is_for_something(git: compose.Compose) -> None:
+    used = {Path(name).name for name in git.values["COMPOSE_FILE"].split(":") if "/overlays/" in name}
+    assert used - {"git.yaml"} <= {path.name for path in ROOT.glob("compose/overlays/git-*.yaml")}
+    assert len(used) == 2
+    assert len(list(ROOT.glob("compose/overlays/*.yaml"))) == 1 + len(SCHEMES)
 
 
 def test_images_are_our_own(services: dict[str, dict[str, Any]]) -> None:

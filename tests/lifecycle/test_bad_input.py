@@ -95,6 +95,9 @@ def test_more_memory_than_the_host_has(instance: Path) -> None:
         ("BIND_ADDRESS=0.0.0.0", ("only loopback",)),
         ("FLOWER=perhaps", ("FLOWER=perhaps",)),
         ("just words", ("is not KEY=value",)),
+        ("DAGS_GIT_URL=git@git.example:dags.git", ("ssh://user@host/path",)),
+        ("DAGS_GIT_URL=https://me:hidden@git.example/x", ("https://me:...@git.example/x", "secrets/dags_git_token")),
+        ("DAGS_GIT_SUBDIR=../x", ("not a folder in the repository",)),
     ],
 )
 def test_a_malformed_setting(instance: Path, line: str, texts: tuple[str, ...]) -> None:
@@ -148,6 +151,14 @@ def test_an_engine_that_is_too_old(instance: Path, tmp_path: Path, server: str, 
 
 def test_missing_dags_folder(instance: Path) -> None:
     assert_refused(init(instance, *FREE, f"DAGS_DIR={instance}/nowhere"), instance, "E-DAGS-DIR", "nowhere")
+
+
+def test_a_repository_for_dags_that_cannot_be(instance: Path) -> None:
+    """A folder that is not there, and ssh without a key; what asks the repository itself is in test_git_dags."""
+    said = init(instance, *FREE, f"DAGS_GIT_URL=file://{instance.parent}/nowhere")
+    assert_refused(said, instance, "E-DAGS-GIT", "is not a directory")
+    said = init(instance, *FREE, "DAGS_GIT_URL=ssh://git@git.example/dags.git")
+    assert_refused(said, instance, "E-DAGS-GIT-LOGIN", "secrets/dags_git_key")
 
 
 def test_clean_without_a_terminal_needs_yes(instance: Path) -> None:

@@ -3,7 +3,7 @@ container, port, mount or secret fails."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,29 @@ FLOWER = Expected(
     "320m",
     port="flower_port",
 )
+
+_GIT = {
+    # The worker and the DAG processor have a copy each; the worker takes its own from the DAG processor's.
+    "airflow-dag-processor": ({"/var/lib/dag-bundles": True}, _set("conn_dags_git")),
+    "airflow-worker": ({"/var/lib/dag-bundles": True, "/var/lib/dag-source": False}, frozenset()),
+}
+_GIT_BY_SCHEME: dict[str, tuple[dict[str, bool], frozenset[str]]] = {
+    "https": ({"/run/git-ca.pem": False}, frozenset()),
+    "ssh": ({}, _set("dags_git_known_hosts")),
+    "file": ({"/srv/dags.git": False}, frozenset()),
+}
+GIT_VOLUMES = _set("dag-bundles worker-dag-bundles")
+
+
+def with_git(scheme: str) -> dict[str, Expected]:
+    """The services that are different where DAGs come from a Git repository."""
+    found = {}
+    for name, (mounts, secrets) in _GIT.items():
+        own = _GIT_BY_SCHEME[scheme] if name == "airflow-dag-processor" else ({}, frozenset())
+        was = SERVICES[name]
+        found[name] = replace(was, mounts=was.mounts | mounts | own[0], secrets=was.secrets | secrets | own[1])
+    return found
+
 
 VOLUMES = _set("postgres minio redis airflow-task-logs worker-scratch worker-ledger mlflow-spool")
 NETWORKS = _set("backend frontend")

@@ -8,14 +8,20 @@ from typing import Any
 import pytest
 import testinfra
 
+from stack import dags
 from stack.settings import parse_size
-from tests.stack.expected import FLOWER, NETWORKS, SERVICES, VOLUMES, Expected
+from tests.stack.expected import FLOWER, GIT_VOLUMES, NETWORKS, SERVICES, VOLUMES, Expected, with_git
 from tests.support import StackUnderTest, run
 
 
 @pytest.fixture(scope="session")
 def expected(stack: StackUnderTest) -> dict[str, Expected]:
-    return SERVICES | ({"flower": FLOWER} if stack.settings.flower == "on" else {})
+    chosen = stack.settings
+    return (
+        SERVICES
+        | ({"flower": FLOWER} if chosen.flower == "on" else {})
+        | (with_git(dags.scheme(chosen)) if chosen.dags_git_url else {})
+    )
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +35,8 @@ def test_exactly_these_containers_volumes_and_networks(stack: StackUnderTest, ex
     label = f"label=com.docker.compose.project={project}"
     assert {one.service for one in stack.compose.containers()} == set(expected)
     volumes = run("docker", "volume", "ls", "--filter", label, "--format", "{{.Name}}").output.split()
-    assert {name.removeprefix(f"{project}_") for name in volumes} == VOLUMES
+    wanted = VOLUMES | (GIT_VOLUMES if stack.settings.dags_git_url else set())
+    assert {name.removeprefix(f"{project}_") for name in volumes} == wanted
     networks = run("docker", "network", "ls", "--filter", label, "--format", "{{.Name}}").output.split()
     assert {name.removeprefix(f"{project}_") for name in networks} == NETWORKS
 

@@ -100,5 +100,5 @@ def test_mlflow_pages(browser: webdriver.Chrome, stack: StackUnderTest, finished
     wait_for_text(browser, "train_model")
     keep(browser, "mlflow-experiments")
     browser.get(f"{stack.mlflow_url}/#/experiments/{finished['experiment_id']}/runs")
-    wait_for_text(browser, "random-forest")
+    wait_for_text(browser, "neural-network")
     keep(browser, "mlflow-runs")

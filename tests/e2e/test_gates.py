@@ -115,6 +115,44 @@ def test_a_threshold_that_is_missed(airflow: Airflow, champion: Callable[[], str
     assert champion() == before
 
 
+KNOWS_ALL = f"""
+import mlflow
+from mlflow.models import infer_signature
+from sklearn.datasets import load_breast_cancer
+from sklearn.neighbors import KNeighborsClassifier
+
+columns = {HEADER.strip().split(",")[:-1]!r}
+rows, target = load_breast_cancer(as_frame=True, return_X_y=True)
+rows = rows[columns]
+model = KNeighborsClassifier(1, algorithm="brute").fit(rows, target)
+mlflow.set_experiment("{DAG_ID}")
+with mlflow.start_run(run_name="knows-all"):
+    made = mlflow.sklearn.log_model(model, name="model", signature=infer_signature(rows, model.predict(rows)))
+version = mlflow.register_model(made.model_uri, "{MODEL}").version
+mlflow.MlflowClient().set_registered_model_alias("{MODEL}", "champion", version)
+print("version", version)
+"""
+
+
+def test_worse_than_the_champion(
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]
+) -> None:
+    """A champion that has every row by heart is not replaced by one that is good enough otherwise."""
+    before = champion()
+    made = stack.python("airflow-worker", KNOWS_ALL)
+    assert made.code == 0, made.output
+    try:
+        better = champion()
+        assert f"version {better}" in made.output.splitlines()
+        run_id = airflow.trigger(DAG_ID, AUTOMATIC)
+        assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+        closed_at(airflow, run_id, "choose")
+        assert "is not good enough" in airflow.task_log(DAG_ID, run_id, "choose")
+        assert champion() == better
+    finally:
+        tracking.set_registered_model_alias(MODEL, "champion", before)
+
+
 def answer(airflow: Airflow, run_id: str, option: str) -> None:
     """Waits until the run asks, and answers."""
 

@@ -219,6 +219,28 @@ def other_addresses() -> list[str]:
     return sorted({str(one[4][0]) for one in found if not str(one[4][0]).startswith("127.")})
 
 
+def test_serving_asks_for_its_token(stack: StackUnderTest) -> None:
+    """Serving, where it is on, answers nobody without the token; the right one is let in. No login opens it."""
+    if stack.settings.serving == "off":
+        pytest.skip("SERVING=off on this stack")
+    url = f"{stack.settings.serving_url}/metrics"
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert httpx.get(url, auth=(stack.settings.admin_user, stack.secret("admin_password"))).status_code == 401
+    assert httpx.get(url, headers={"Authorization": f"Bearer {stack.secret('serving_token')}"}).status_code == 200
+
+
+def test_servings_login_reads_models_and_nothing_else(stack: StackUnderTest) -> None:
+    """Not even what everybody may read in MLflow; a wrong password gets 401 as everybody's."""
+    base, auth = f"{stack.mlflow_url}/api/2.0/mlflow", ("serving", stack.secret("mlflow_serving_password"))
+    assert httpx.get(f"{base}/registered-models/search", auth=auth).status_code == 200
+    assert httpx.get(f"{base}/registered-models/search", auth=("serving", "wrong")).status_code == 401
+    for path in ("experiments/search?max_results=1", "users/list"):
+        assert httpx.get(f"{base}/{path}", auth=auth).status_code == 403, path
+    for path, body in (("experiments/create", {"name": "x"}), ("registered-models/create", {"name": "x"})):
+        assert httpx.post(f"{base}/{path}", json=body, auth=auth).status_code == 403, path
+
+
 def test_flower_asks_for_a_login(stack: StackUnderTest) -> None:
     """Flower, where it is on, is behind a login."""
     if stack.settings.flower == "off":

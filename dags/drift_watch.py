@@ -76,7 +76,9 @@ def last_look(client: MlflowClient, version: str) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return ""
-    done = f"tags.`model.version` = '{version}' and tags.`model.name` = '{MODEL_NAME}' and status = 'FINISHED'"
+    done = (
+        f"tags.`model.version` = '{version}' and tags.`model.name` = '{MODEL_NAME}' and attributes.status = 'FINISHED'"
+    )
     runs: list[Run] = client.search_runs([experiment.experiment_id], done, order_by=["start_time DESC"], max_results=1)
     return str(runs[0].data.tags.get(SEEN, "")) if runs else ""
 

@@ -42,7 +42,8 @@ def two(stack: StackUnderTest, tracking: MlflowClient) -> Iterator[list[Made]]:
     made = [make(stack), make(stack)]
     made[0].promote(tracking)
     try:
-        wait_until(lambda: ready(stack).get("version") == made[0].version, FOLLOWS_S, "the first version answers")
+        # The first load of all brings the libraries into memory as well.
+        wait_until(lambda: ready(stack).get("version") == made[0].version, 3 * FOLLOWS_S, "the first version answers")
         yield made
     finally:
         put_back(tracking, stack.settings.serving_model, before)

@@ -47,6 +47,7 @@ PRIMARY: Mapping[str, Callable[[], str]] = {
     "mlflow_s3_secret": _password,
     "airflow_logs_s3_secret": _password,
     "pipelines_s3_secret": _password,
+    "serving_s3_secret": _password,
     "fernet_key": _fernet_key,
     # Signs with SHA-512, and warns in each log of less than its 64 bytes.
     "jwt_secret": partial(_password, 64),
@@ -54,9 +55,15 @@ PRIMARY: Mapping[str, Callable[[], str]] = {
     "mlflow_flask_secret": _password,
     "mlflow_kek_passphrase": _password,
     "mlflow_airflow_password": _password,
+    "mlflow_serving_password": _password,
+    "serving_token": _password,
     "flower_password": _password,
 }
 """Name -> how to make it. A name is a file in secrets/ and a secret in compose/secrets.yaml."""
+
+RENEWABLE = frozenset({"serving_s3_secret", "mlflow_serving_password", "serving_token"})
+"""Made where they are missing, although there is data: `make up` sets them anew in MLflow and in the store, and
+nothing was written with them. So a stack gets them that is older than they are."""
 
 
 def derive(primary: Mapping[str, str], settings: Settings) -> dict[str, str]:
@@ -147,10 +154,11 @@ def check(directory: Path, *, data_exists: bool) -> list[str]:
                 why="a service that starts with it would lock itself out of its own data",
                 fix="put its content back from your backup of secrets/; on a stack without data, delete the file",
             )
-    if missing and data_exists:
+    lost = [name for name in missing if name not in RENEWABLE]
+    if lost and data_exists:
         raise StackError(
             "E-SECRET-LOST",
-            f"secret(s) missing while this stack has data: {', '.join(missing)}",
+            f"secret(s) missing while this stack has data: {', '.join(lost)}",
             why="the data in the volumes was written with them; new ones would not open it",
             fix=f"put them back into {directory} from your backup.\n"
             "Without a backup: `make clean` deletes the data, and the next `make up` begins anew",

@@ -249,6 +249,8 @@ class Approval(ApprovalOperator):
     catchup=False,
     max_active_runs=1,
     is_paused_upon_creation=True,
+    # Longer than anybody may be waited for.
+    dagrun_timeout=timedelta(days=8),
     default_args={
         "retries": 2,
         "retry_delay": timedelta(seconds=10),
@@ -260,7 +262,9 @@ class Approval(ApprovalOperator):
         ),
         "min_roc_auc": Param(0.95, type="number", minimum=0, maximum=1, description="A model below this goes nowhere."),
         "approval": Param("human", enum=["human", "automatic"], description="Who decides that a model is deployed."),
-        "approval_minutes": Param(1440, type="integer", minimum=1, description="How long to wait for a person."),
+        "approval_minutes": Param(
+            1440, type="integer", minimum=1, maximum=7 * 1440, description="How long to wait for a person."
+        ),
         "damage_data": Param(False, type="boolean", description="Spoil the data, to see the validation stop the run."),
         "fail_smoke_test": Param(False, type="boolean", description="See the alias go back to the last model."),
     },
@@ -403,6 +407,7 @@ def train_model() -> None:
             "roc_auc {{ '%.4f' | format(made.metrics.roc_auc) }} "
             "(at least {{ '%.4f' | format(made.limit) }}). [The run in MLflow]({{ made.url }})"
         ),
+        # Not asked a second time; how long is Approval's to say.
         retries=0,
         execution_timeout=None,
     )
@@ -423,7 +428,7 @@ def train_model() -> None:
         print(f"models:/{MODEL_NAME}@{CHAMPION} is now version {version}")
         return {**challenger, "alias": CHAMPION}
 
-    @task(outlets=[DEPLOYED], retries=0)
+    @task(outlets=[DEPLOYED])
     def smoke_test(deployed: dict[str, Any], keys: dict[str, str]) -> None:
         """Asks the champion, as it is served, about rows whose answers are known."""
         from airflow.sdk.exceptions import AirflowFailException

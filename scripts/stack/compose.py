@@ -59,6 +59,8 @@ def environment(
         "MLFLOW_PORT": str(settings.mlflow_port),
         "FLOWER_PORT": str(settings.flower_port),
         "SERVING_PORT": str(settings.serving_port),
+        # For tasks; empty where nobody serves.
+        "SERVING_URL": "http://serving:5002" if settings.serving == "on" else "",
         "SERVING_MODEL": settings.serving_model,
         "SERVING_ALIAS": settings.serving_alias,
         "IMAGE_PREFIX": settings.image_prefix,

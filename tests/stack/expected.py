@@ -141,7 +141,7 @@ SERVICES = {
         "airflow",
         50000,
         _set("backend frontend"),
-        _set("broker_url celery_result_url conn_stack_logs conn_stack_data mlflow_airflow_password"),
+        _set("broker_url celery_result_url conn_stack_logs conn_stack_data mlflow_airflow_password serving_token"),
         _CODE | {_LOGS: True, "/tmp": True, "/var/lib/taskguard": True},
         "WORKER_MEMORY",
     ),

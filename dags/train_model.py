@@ -17,7 +17,9 @@ when `drift_watch` says that the data has changed.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,8 @@ from airflow.sdk import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pandas as pd
 
 BUCKET = "pipelines"
@@ -178,17 +182,26 @@ def build_model(candidate: dict[str, Any]) -> Any:
     return make_pipeline(StandardScaler(), kind(**parameters, random_state=SEED))
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """To store or load a model, its functions' homes are looked for in every module; Airflow's former ones warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The `airflow")
+        yield
+
+
 def log_model(model: Any, example: pd.DataFrame) -> str:
     """Logs a fitted model to the active MLflow run, in its library's own format; its address."""
     import mlflow
     from mlflow.models import infer_signature
 
     words = {"name": "model", "signature": infer_signature(example, model.predict(example)), "input_example": example}
-    if type(model).__name__.startswith("XGB"):
-        return str(mlflow.xgboost.log_model(model, model_format="ubj", **words).model_uri)
     # The model file may hold these types besides plain data; loading it runs no other code.
     trusted = ["sklearn.neural_network._stochastic_optimizers.AdamOptimizer"]
-    return str(mlflow.sklearn.log_model(model, skops_trusted_types=trusted, **words).model_uri)
+    with quiet():
+        if type(model).__name__.startswith("XGB"):
+            return str(mlflow.xgboost.log_model(model, model_format="ubj", **words).model_uri)
+        return str(mlflow.sklearn.log_model(model, skops_trusted_types=trusted, **words).model_uri)
 
 
 def evaluate_model(model_uri: str, frame: pd.DataFrame) -> dict[str, float]:
@@ -198,14 +211,15 @@ def evaluate_model(model_uri: str, frame: pd.DataFrame) -> dict[str, float]:
     mpl.use("Agg")
     import mlflow
 
-    found = mlflow.models.evaluate(
-        model_uri,
-        frame,
-        targets=TARGET,
-        model_type="classifier",
-        evaluators=["default"],
-        evaluator_config={"log_explainer": False, "log_model_explainability": False, "pos_label": 1},
-    )
+    with quiet():
+        found = mlflow.models.evaluate(
+            model_uri,
+            frame,
+            targets=TARGET,
+            model_type="classifier",
+            evaluators="default",
+            evaluator_config={"log_model_explainability": False, "pos_label": 1},
+        )
     return {name: float(value) for name, value in found.metrics.items()}
 
 
@@ -482,7 +496,8 @@ def ask_champion(rows: pd.DataFrame, version: str) -> list[Any]:
         found = champion_version()
         if found is None or found.version != version:
             raise AirflowFailException(f"the alias {CHAMPION} does not name version {version}")
-        return list(mlflow.pyfunc.load_model(f"models:/{MODEL_NAME}/{version}").predict(rows))
+        with quiet():
+            return list(mlflow.pyfunc.load_model(f"models:/{MODEL_NAME}/{version}").predict(rows))
     import requests
 
     deadline = time.monotonic() + 60

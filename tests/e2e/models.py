@@ -39,7 +39,7 @@ with mlflow.start_run() as run:
         **({} if kind == "without a signature" else words),
     )
 version = mlflow.register_model(logged.model_uri, name)
-print("MADE " + json.dumps({"version": str(version.version), "run_id": run.info.run_id}))
+print("MADE " + json.dumps({"version": str(version.version), "run_id": run.info.run_id, "model_id": logged.model_id}))
 """
 
 
@@ -50,6 +50,8 @@ class Made:
     name: str
     version: str
     run_id: str
+    model_id: str
+    """Of the logged model that the version is."""
 
     def promote(self, client: MlflowClient) -> None:
         """Gives it the alias."""
@@ -63,7 +65,7 @@ def make(stack: StackUnderTest, kind: str = "good") -> Made:
     told = stack.compose.capture(*words, timeout=180)
     (line,) = [line for line in told.out.splitlines() if line.startswith("MADE ")]
     made: dict[str, Any] = json.loads(line.removeprefix("MADE "))
-    return Made(name, made["version"], made["run_id"])
+    return Made(name, **made)
 
 
 def ready(stack: StackUnderTest) -> dict[str, Any]:

@@ -320,7 +320,7 @@ def test_the_store_is_only_added_to(stack: StackUnderTest) -> None:
 def test_mlflow_is_only_read(stack: StackUnderTest, tracking: MlflowClient, two: list[Made]) -> None:
     """With serving's own login: the model and its artifacts can be read; nothing of it can be changed."""
     login = ("serving", stack.secret("mlflow_serving_password"))
-    artifacts = tracking.get_logged_model(model_of(tracking, two[0])).artifact_location.partition(":")[2].lstrip("/")
+    artifacts = tracking.get_logged_model(two[0].model_id).artifact_location.partition(":")[2].lstrip("/")
     with httpx.Client(base_url=stack.mlflow_url, auth=login, timeout=30) as http:
         api = "/api/2.0/mlflow"
         alias = http.get(f"{api}/registered-models/alias", params={"name": two[0].name, "alias": "champion"})
@@ -344,12 +344,6 @@ def test_mlflow_is_only_read(stack: StackUnderTest, tracking: MlflowClient, two:
         ]
         assert [answer.status_code for answer in refused] == [403] * len(refused)
         assert "signature" in http.get(file).text
-
-
-def model_of(tracking: MlflowClient, made: Made) -> str:
-    """The logged model behind a version."""
-    found = tracking.get_model_version(made.name, made.version)
-    return str(found.model_id)
 
 
 def test_predict(stack: StackUnderTest, two: list[Made]) -> None:

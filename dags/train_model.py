@@ -1,8 +1,8 @@
 """A training pipeline from raw data to a model in production; each step is a gate for those behind it.
 
     ingest -> validate -> features -> train and evaluate (mapped: one task a candidate)
-        -> choose -> register -> approve -> promote -> smoke_test
-                                                        restore (only where the smoke test fails)
+        -> choose -> register -> approve -> promote -> smoke_test -> announce
+                                                                  -> restore (only where the smoke test fails)
 
 Copy it for your own work: replace `load_source`, `EXPECTED`, `CANDIDATES` and the thresholds. Heavy
 libraries are imported inside the tasks, so that reading this file stays quick. It runs once a week, and
@@ -237,14 +237,12 @@ def mlflow_link(result: dict[str, Any]) -> str:
 def champion_version() -> Any:
     """The model version that is in production, or None."""
     import mlflow
-    from mlflow.exceptions import MlflowException
 
-    try:
-        return mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, CHAMPION)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+    client = mlflow.MlflowClient()
+    # Asked for the alias of a model that is not there, MLflow says that it may not be read.
+    models = client.search_registered_models(f"name = '{MODEL_NAME}'")
+    version = models[0].aliases.get(CHAMPION) if models else None
+    return client.get_model_version(MODEL_NAME, str(version)) if version else None
 
 
 class Approval(ApprovalOperator):
@@ -442,7 +440,7 @@ def train_model() -> None:
         print(f"models:/{MODEL_NAME}@{CHAMPION} is now version {version}")
         return {**challenger, "alias": CHAMPION}
 
-    @task(outlets=[DEPLOYED])
+    @task
     def smoke_test(deployed: dict[str, Any], keys: dict[str, str]) -> None:
         """Asks the champion, as it is served, about rows whose answers are known."""
         from airflow.sdk.exceptions import AirflowFailException
@@ -453,6 +451,11 @@ def train_model() -> None:
         print(f"{right} of {len(frame)} answers are right")
         if right < 0.8 * len(frame) or get_current_context()["params"]["fail_smoke_test"]:
             raise AirflowFailException("the champion does not answer as it should")
+
+    @task(outlets=[DEPLOYED])
+    def announce(deployed: dict[str, Any]) -> None:
+        """The end of a run that did what it was for: updates the asset, on which DAGs of your own can be scheduled."""
+        print(f"{deployed['model']} version {deployed['version']} is deployed: {deployed['url']}")
 
     @task(trigger_rule=TriggerRule.ONE_FAILED)
     def restore(deployed: dict[str, Any] | None) -> None:
@@ -478,7 +481,7 @@ def train_model() -> None:
     deployed = promote(challenger)
     tested = smoke_test(deployed, keys)
     challenger >> approve >> deployed
-    tested >> restore(deployed)
+    tested >> [announce(deployed), restore(deployed)]
 
 
 def ask_champion(rows: pd.DataFrame, version: str) -> list[Any]:

@@ -40,7 +40,7 @@ def closed_at(airflow: Airflow, run_id: str, gate: str) -> None:
     assert {name: found[name] for name in ORDER[:place]} == {name: {"success"} for name in ORDER[:place]}
     tries = [one["try_number"] for one in airflow.task_instances(DAG_ID, run_id) if one["task_id"] == gate]
     assert (found[gate], tries) == ({"failed"}, [1])
-    behind = (*ORDER[place + 1 :], "smoke_test")
+    behind = (*ORDER[place + 1 :], "smoke_test", "announce")
     assert {name: found[name] for name in behind} == {name: {"upstream_failed"} for name in behind}
 
 
@@ -173,8 +173,8 @@ def test_an_approval_that_is_refused(airflow: Airflow, tracking: MlflowClient, c
     answer(airflow, run_id, "Reject")
     assert airflow.follow(DAG_ID, run_id, patience=60) == "success"
     found = states(airflow, run_id)
-    assert {name: found[name] for name in ("promote", "smoke_test", "restore")} == {
-        name: {"skipped"} for name in ("promote", "smoke_test", "restore")
+    assert {name: found[name] for name in ("promote", "smoke_test", "announce", "restore")} == {
+        name: {"skipped"} for name in ("promote", "smoke_test", "announce", "restore")
     }
     assert champion() == before
     refused = airflow.xcom(DAG_ID, run_id, "register")["version"]

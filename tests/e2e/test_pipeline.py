@@ -19,7 +19,7 @@ from tests.support import StackUnderTest, wait_until
 def test_every_task_ran_once(airflow: Airflow, finished: dict[str, Any]) -> None:
     """Each at its first attempt, and nothing had to be restored."""
     instances = airflow.task_instances(DAG_ID, finished["run_id"])
-    single = ("ingest", "validate", "features", "choose", "register", "approve", "promote", "smoke_test")
+    single = ("ingest", "validate", "features", "choose", "register", "approve", "promote", "smoke_test", "announce")
     expected = [(name, -1, "success", 1) for name in single]
     expected += [(name, index, "success", 1) for name in ("train", "evaluate") for index in range(3)]
     expected.append(("restore", -1, "skipped", 0))

@@ -48,6 +48,10 @@ first-run: venv ## Log a first run to MLflow from outside the stack (examples/fi
 	@VENV=$(CLIENT) sh scripts/venv.sh examples/requirements.lock && $(PYTHON) scripts/env.py -- $(CLIENT)/bin/python examples/first_run.py
 demo: venv ## Run the training pipeline and follow it
 	@$(PYTHON) scripts/demo.py
+predict: venv ## Send rows to the served model (FILE=rows.csv, or .json; by default examples/rows.csv)
+	@$(PYTHON) scripts/predict.py "$(or $(FILE),examples/rows.csv)"
+demo-drift: venv ## Send shifted rows to the served model, and see the retraining that this triggers
+	@$(PYTHON) scripts/demo_drift.py
 dag-test: venv ## Run a paused DAG in one process against the stack (DAG=train_model; ARGS="--conf {}")
 	@$(PYTHON) scripts/dag_idle.py $(DAG) && $(PYTHON) scripts/compose.py run --rm --no-deps airflow-cli airflow dags test $(DAG) $(ARGS)
 dag-lint: venv ## Read each DAG file and say what is wrong with it (ARGS="--strict train_model.py")
@@ -89,4 +93,4 @@ venv:
 test-venv:
 	@sh scripts/venv.sh $(TEST_LOCKS)
 
-.PHONY: up init down restart clean status logs plan memory doctor password user user-remove env first-run demo storm faults bench growth dag-test dag-lint airflow shell build push lock verify test lint help venv test-venv
+.PHONY: up init down restart clean status logs plan memory doctor password user user-remove env first-run demo predict demo-drift storm faults bench growth dag-test dag-lint airflow shell build push lock verify test lint help venv test-venv

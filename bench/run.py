@@ -91,8 +91,9 @@ class Bench:
             "trigger_to_start": workloads.trigger_to_start(1 if quick else 10),
             "fan_out": workloads.dag("bench_fan_out", {"tasks": fan}, warm=not quick),
             "chain": workloads.dag("bench_chain", warm=not quick),
-            "small_cpu": workloads.dag("bench_small_cpu"),
-            "large_cpu": workloads.dag("bench_large_cpu"),
+            # The worker is warm by now.
+            "small_cpu": workloads.dag("bench_small_cpu", warm=False),
+            "large_cpu": workloads.dag("bench_large_cpu", warm=False),
         }
         if quick:
             # The same code as the others.

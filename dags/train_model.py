@@ -1,27 +1,56 @@
-"""A training pipeline through the whole stack: S3, validation, parallel training, MLflow, registry.
+"""A training pipeline from raw data to a model in production; each step is a gate for those behind it.
 
-    ingest -> validate -> train (one mapped task for each candidate) -> compare -> register
+    ingest -> validate -> features -> train and evaluate (mapped: one task a candidate)
+        -> choose -> register -> approve -> promote -> smoke_test -> announce
+                                                                  -> restore (only where the smoke test fails)
 
-Copy it for your own work: replace `load_source`, `EXPECTED` and `CANDIDATES`. Data that fails the
-validation stops the run there; nothing is trained on it. Heavy libraries are imported inside the
-tasks, so that reading this file stays quick.
+Copy it for your own work: replace `load_source`, `EXPECTED`, `CANDIDATES` and the thresholds. Heavy
+libraries are imported inside the tasks, so that reading this file stays quick. It runs once a week, and
+when `drift_watch` says that the data has changed.
+
+- **Your own data**: upload a CSV or Parquet file to the bucket `pipelines` and name its key as `source`.
+- **Approval**: open the task `approve` of the run (or *Required actions* on Airflow's home page). Nobody
+  answers in time: the run fails there, and nothing is deployed. `approval: automatic` asks nobody.
+- **From here to MLflow and back**: each run's link is in the log of `train`; in MLflow a run's description
+  links to the Airflow run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import Param, dag, get_current_context, task
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import (
+    Asset,
+    AssetOrTimeSchedule,
+    Context,
+    CronTriggerTimetable,
+    Param,
+    TriggerRule,
+    dag,
+    get_current_context,
+    task,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pandas as pd
 
 BUCKET = "pipelines"
 EXPERIMENT = "train_model"
 MODEL_NAME = "tumour-classifier"
-ALIAS = "champion"
+CHAMPION, CHALLENGER = "champion", "challenger"
+PREVIOUS = "previous_champion"
+"""Tag of a model version: whose place it took."""
 SEED = 7
+
+DRIFT = Asset("drift", uri=f"mlstack://drift/{MODEL_NAME}")
+DEPLOYED = Asset("deployed", uri=f"mlstack://models/{MODEL_NAME}/{CHAMPION}")
 
 # What the data must look like: column -> lowest and highest plausible value.
 TARGET = "target"
@@ -35,12 +64,17 @@ EXPECTED = {
 }
 MIN_ROWS = 200
 MIN_CLASS_SHARE = 0.1
+MAX_BYTES = 200_000_000
+"""Of the user's own file: a task holds the whole table in memory."""
 
 # Each becomes a task, and a run in MLflow.
 CANDIDATES: list[dict[str, Any]] = [
     {"name": "logistic-regression", "C": 0.5, "max_iter": 500},
-    {"name": "random-forest", "n_estimators": 80, "max_depth": 6},
+    {"name": "xgboost", "n_estimators": 120, "max_depth": 3, "learning_rate": 0.1},
+    {"name": "neural-network", "hidden_layer_sizes": 32, "learning_rate_init": 0.01, "max_iter": 200},
 ]
+TOLERANCE = 0.01
+"""How much worse than the champion, on the same rows, a challenger may be: noise of one split."""
 
 
 def load_source() -> pd.DataFrame:
@@ -69,11 +103,42 @@ def object_store() -> Any:
     )
 
 
+def load_own(key: str) -> pd.DataFrame:
+    """The user's own table. Raises ValueError with the reason where it is none."""
+    import io
+
+    import pandas as pd
+    from botocore.exceptions import ClientError
+
+    store = object_store()
+    try:
+        size = store.head_object(Bucket=BUCKET, Key=key)["ContentLength"]
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+            raise ValueError(f"there is no s3://{BUCKET}/{key}") from error
+        raise
+    if size > MAX_BYTES:
+        raise ValueError(f"s3://{BUCKET}/{key} has {size:,} bytes, at most {MAX_BYTES:,} fit into a task")
+    body = io.BytesIO(store.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    try:
+        return pd.read_parquet(body) if key.endswith(".parquet") else pd.read_csv(body)
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors.
+        raise ValueError(f"s3://{BUCKET}/{key} is not a table: {error}") from error
+
+
 def read_csv(key: str) -> pd.DataFrame:
     """A CSV object of the bucket."""
     import pandas as pd
 
     return pd.read_csv(object_store().get_object(Bucket=BUCKET, Key=key)["Body"])
+
+
+def write_csv(name: str, frame: pd.DataFrame) -> str:
+    """Writes a table of this run to the bucket; its key."""
+    key = f"{EXPERIMENT}/{get_current_context()['run_id']}/{name}.csv"
+    object_store().put_object(Bucket=BUCKET, Key=key, Body=frame.to_csv(index=False).encode())
+    print(f"{len(frame)} rows written to s3://{BUCKET}/{key}")
+    return key
 
 
 def find_problems(frame: pd.DataFrame) -> list[str]:
@@ -93,38 +158,127 @@ def find_problems(frame: pd.DataFrame) -> list[str]:
             problems.append(f"{column}: {empty} empty values")
         if outside := int((~values.dropna().between(low, high)).sum()):
             problems.append(f"{column}: {outside} values outside {low} to {high}")
+        elif values.nunique() < 2:
+            problems.append(f"{column}: always the same value")
     shares = frame[TARGET].value_counts(normalize=True)
-    if len(shares) != 2 or shares.min() < MIN_CLASS_SHARE:
-        problems.append(f"{TARGET}: two classes of at least {MIN_CLASS_SHARE:.0%} expected, got {shares.to_dict()}")
+    if set(shares.index) != {0, 1} or shares.min() < MIN_CLASS_SHARE:
+        problems.append(f"{TARGET}: 0 and 1, each at least {MIN_CLASS_SHARE:.0%}, expected; got {shares.to_dict()}")
     return problems
 
 
 def build_model(candidate: dict[str, Any]) -> Any:
     """The estimator that a candidate describes."""
-    from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     parameters = {key: value for key, value in candidate.items() if key != "name"}
-    if candidate["name"] == "logistic-regression":
-        return make_pipeline(StandardScaler(), LogisticRegression(**parameters, random_state=SEED))
-    return RandomForestClassifier(**parameters, random_state=SEED, n_jobs=1)
+    if candidate["name"] == "xgboost":
+        from xgboost import XGBClassifier
+
+        return XGBClassifier(**parameters, random_state=SEED, n_jobs=1)
+    kind = {"logistic-regression": LogisticRegression, "neural-network": MLPClassifier}[candidate["name"]]
+    return make_pipeline(StandardScaler(), kind(**parameters, random_state=SEED))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """To store or load a model, its functions' homes are looked for in every module; Airflow's former ones warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The `airflow")
+        yield
+
+
+def log_model(model: Any, example: pd.DataFrame) -> str:
+    """Logs a fitted model to the active MLflow run, in its library's own format; its address."""
+    import mlflow
+    from mlflow.models import infer_signature
+
+    words = {"name": "model", "signature": infer_signature(example, model.predict(example)), "input_example": example}
+    # The model file may hold these types besides plain data; loading it runs no other code.
+    trusted = ["sklearn.neural_network._stochastic_optimizers.AdamOptimizer"]
+    with quiet():
+        if type(model).__name__.startswith("XGB"):
+            return str(mlflow.xgboost.log_model(model, model_format="ubj", **words).model_uri)
+        return str(mlflow.sklearn.log_model(model, skops_trusted_types=trusted, **words).model_uri)
+
+
+def evaluate_model(model_uri: str, frame: pd.DataFrame) -> dict[str, float]:
+    """MLflow's own evaluation on held-out rows, logged to the active run with its plots; the metrics."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import mlflow
+
+    with quiet():
+        found = mlflow.models.evaluate(
+            model_uri,
+            frame,
+            targets=TARGET,
+            model_type="classifier",
+            evaluators="default",
+            evaluator_config={"log_model_explainability": False, "pos_label": 1},
+        )
+    return {name: float(value) for name, value in found.metrics.items()}
+
+
+def airflow_link() -> str:
+    """This Airflow run's page."""
+    context = get_current_context()
+    return f"{os.environ['AIRFLOW_UI_URL']}/dags/{context['dag'].dag_id}/runs/{context['run_id']}"
+
+
+def mlflow_link(result: dict[str, Any]) -> str:
+    """A run's page in MLflow."""
+    return f"{os.environ['MLFLOW_UI_URL']}/#/experiments/{result['experiment_id']}/runs/{result['run_id']}"
+
+
+def champion_version() -> Any:
+    """The model version that is in production, or None."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    # Asked for the alias of a model that is not there, MLflow says that it may not be read.
+    models = client.search_registered_models(f"name = '{MODEL_NAME}'")
+    version = models[0].aliases.get(CHAMPION) if models else None
+    return client.get_model_version(MODEL_NAME, str(version)) if version else None
+
+
+class Approval(ApprovalOperator):
+    """Asks a person, for as long as the run's parameters say, or nobody."""
+
+    def execute(self, context: Context) -> Any:
+        if context["params"]["approval"] == "automatic":
+            print("approval is automatic in this run")
+            return None
+        self.response_timeout = timedelta(minutes=context["params"]["approval_minutes"])
+        return super().execute(context)
 
 
 @dag(
-    schedule="@weekly",
+    schedule=AssetOrTimeSchedule(timetable=CronTriggerTimetable("0 3 * * 1", timezone="UTC"), assets=DRIFT),
     catchup=False,
     max_active_runs=1,
     is_paused_upon_creation=True,
-    dagrun_timeout=timedelta(minutes=30),
+    # Longer than anybody may be waited for.
+    dagrun_timeout=timedelta(days=8),
     default_args={
         "retries": 2,
         "retry_delay": timedelta(seconds=10),
         "execution_timeout": timedelta(minutes=10),
     },
     params={
+        "source": Param(
+            "", type="string", description="Key of a CSV or Parquet file in the bucket; empty: the example."
+        ),
+        "min_roc_auc": Param(0.95, type="number", minimum=0, maximum=1, description="A model below this goes nowhere."),
+        "approval": Param("human", enum=["human", "automatic"], description="Who decides that a model is deployed."),
+        "approval_minutes": Param(
+            1440, type="integer", minimum=1, maximum=7 * 1440, description="How long to wait for a person."
+        ),
         "damage_data": Param(False, type="boolean", description="Spoil the data, to see the validation stop the run."),
+        "fail_smoke_test": Param(False, type="boolean", description="See the alias go back to the last model."),
     },
     tags=["example", "training"],
     doc_md=__doc__,
@@ -133,14 +287,16 @@ def train_model() -> None:
     @task
     def ingest() -> str:
         """Writes the raw data to S3 and returns its key."""
-        context = get_current_context()
-        frame = load_source()
-        if context["params"]["damage_data"]:
+        from airflow.sdk.exceptions import AirflowFailException
+
+        params = get_current_context()["params"]
+        try:
+            frame = load_own(params["source"]) if params["source"] else load_source()
+        except ValueError as error:
+            raise AirflowFailException(str(error)) from error
+        if params["damage_data"]:
             frame.loc[frame.index[:25], "mean radius"] = -1.0
-        key = f"{EXPERIMENT}/{context['run_id']}/raw.csv"
-        object_store().put_object(Bucket=BUCKET, Key=key, Body=frame.to_csv(index=False).encode())
-        print(f"{len(frame)} rows written to s3://{BUCKET}/{key}")
-        return key
+        return write_csv("raw", frame)
 
     @task
     def validate(key: str) -> str:
@@ -151,88 +307,217 @@ def train_model() -> None:
             raise AirflowFailException("the data is not fit for training: " + "; ".join(problems))
         return key
 
-    # It took 215 to 320 MiB (`make memory`); on small hosts that is more than the default.
-    @task(map_index_template="{{ candidate_name }}", resources={"ram": 512})
-    def train(candidate: dict[str, Any], key: str) -> dict[str, Any]:
-        """Trains a candidate and logs parameters, metrics, a plot and the model to MLflow."""
-        import os
-
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-        import mlflow
-        from mlflow.models import infer_signature
-        from sklearn.metrics import RocCurveDisplay, accuracy_score, f1_score, roc_auc_score
+    @task
+    def features(key: str) -> dict[str, str]:
+        """Splits the rows once, for every candidate and for the champion: the keys of both parts."""
         from sklearn.model_selection import train_test_split
+
+        frame = read_csv(key)[[*EXPECTED, TARGET]].drop_duplicates()
+        frame = frame.astype(dict.fromkeys(EXPECTED, "float64") | {TARGET: "int64"})
+        train, test = train_test_split(frame, test_size=0.3, random_state=SEED, stratify=frame[TARGET])
+        return {"train": write_csv("train", train), "test": write_csv("test", test)}
+
+    @task(map_index_template="{{ candidate_name }}", resources={"ram": 512})
+    def train(candidate: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+        """Trains a candidate and logs parameters, loss, the training rows and the model to MLflow."""
+        import time
+
+        import mlflow
+        from mlflow.entities import Metric
 
         context = get_current_context()
         context["candidate_name"] = candidate["name"]
-        frame = read_csv(key)
-        features, target = frame.drop(columns=TARGET), frame[TARGET]
-        x_train, x_test, y_train, y_test = train_test_split(
-            features, target, test_size=0.3, random_state=SEED, stratify=target
-        )
-        model = build_model(candidate).fit(x_train, y_train)
-        scores = model.predict_proba(x_test)[:, 1]
-        metrics = {
-            "accuracy": float(accuracy_score(y_test, model.predict(x_test))),
-            "f1": float(f1_score(y_test, model.predict(x_test))),
-            "roc_auc": float(roc_auc_score(y_test, scores)),
-        }
-
+        frame = read_csv(keys["train"])
+        rows, target = frame.drop(columns=TARGET), frame[TARGET]
         mlflow.set_experiment(EXPERIMENT)
-        with mlflow.start_run(run_name=candidate["name"]) as run:
-            mlflow.set_tags({"airflow.dag_id": "train_model", "airflow.run_id": context["run_id"]})
+        with mlflow.start_run(run_name=candidate["name"], description=f"[Airflow run]({airflow_link()})") as run:
+            mlflow.set_tags({"airflow.dag_id": EXPERIMENT, "airflow.run_id": context["run_id"]})
             mlflow.log_params(candidate)
-            mlflow.log_param("data", f"s3://{BUCKET}/{key}")
-            mlflow.log_metrics(metrics)
-            figure, axes = plt.subplots(figsize=(5, 5))
-            RocCurveDisplay.from_predictions(y_test, scores, ax=axes, name=candidate["name"])
-            mlflow.log_figure(figure, "roc.png")
-            plt.close(figure)
-            logged = mlflow.sklearn.log_model(
-                model,
-                name="model",
-                # The model file may hold this type besides plain data; loading it runs no other code.
-                skops_trusted_types=["sklearn.tree._tree.Tree"],
-                signature=infer_signature(x_train, model.predict(x_train)),
-                input_example=x_train.head(2),
+            mlflow.log_param("data", f"s3://{BUCKET}/{keys['train']}")
+            model = build_model(candidate).fit(rows, target)
+            now = int(time.time() * 1000)
+            losses = getattr(model[-1] if hasattr(model, "steps") else model, "loss_curve_", [])
+            mlflow.MlflowClient().log_batch(
+                run.info.run_id, metrics=[Metric("train_loss", loss, now, step) for step, loss in enumerate(losses)]
             )
-        print(
-            f"{candidate['name']}: {metrics}\n"
-            f"{os.environ['MLFLOW_UI_URL']}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-        )
-        return {
+            # What drift is measured against.
+            mlflow.log_text(rows.to_csv(index=False), "reference.csv")
+            model_uri = log_model(model, rows.head(2))
+        result = {
             "name": candidate["name"],
             "run_id": run.info.run_id,
             "experiment_id": run.info.experiment_id,
-            "model_uri": logged.model_uri,
-            **metrics,
+            "model_uri": model_uri,
         }
+        print(mlflow_link(result))
+        return result
 
-    @task
-    def compare(results: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns the result with the best area under the ROC curve."""
-        ranked = sorted(results, key=lambda result: result["roc_auc"], reverse=True)
+    @task(map_index_template="{{ candidate_name }}", resources={"ram": 512})
+    def evaluate(trained: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+        """The candidate's metrics and plots, on rows that it has not seen."""
+        import mlflow
+
+        get_current_context()["candidate_name"] = trained["name"]
+        with mlflow.start_run(run_id=trained["run_id"]):
+            metrics = evaluate_model(trained["model_uri"], read_csv(keys["test"]))
+        return {**trained, "metrics": metrics}
+
+    @task(resources={"ram": 512})
+    def choose(results: list[dict[str, Any]], keys: dict[str, str]) -> dict[str, Any]:
+        """Returns the best candidate, if it is good enough, and not worse than the champion on the same rows."""
+        import mlflow
+        from airflow.sdk.exceptions import AirflowFailException
+        from mlflow.models import MetricThreshold
+        from mlflow.models.evaluation import EvaluationResult
+        from mlflow.models.evaluation.validation import ModelValidationFailedException
+
+        ranked = sorted(results, key=lambda result: result["metrics"]["roc_auc"], reverse=True)
         for place, result in enumerate(ranked, start=1):
-            print(f"{place}. {result['name']}: roc_auc {result['roc_auc']:.4f}, f1 {result['f1']:.4f}")
-        return ranked[0]
+            print(f"{place}. {result['name']}: roc_auc {result['metrics']['roc_auc']:.4f}")
+        best = ranked[0]
+        limit = get_current_context()["params"]["min_roc_auc"]
+        champion = champion_version()
+        if champion is not None:
+            mlflow.set_experiment(EXPERIMENT)
+            with mlflow.start_run(run_name=f"champion-{champion.version}", tags={"airflow.run_id": "reference"}):
+                score = evaluate_model(f"models:/{MODEL_NAME}/{champion.version}", read_csv(keys["test"]))["roc_auc"]
+            print(f"champion, version {champion.version}: roc_auc {score:.4f}")
+            limit = max(limit, score - TOLERANCE)
+        try:
+            mlflow.validate_evaluation_results(
+                validation_thresholds={"roc_auc": MetricThreshold(threshold=limit, greater_is_better=True)},
+                candidate_result=EvaluationResult(metrics=best["metrics"], artifacts={}),
+            )
+        except ModelValidationFailedException as error:
+            raise AirflowFailException(f"{best['name']} is not good enough: {error}") from error
+        return {**best, "limit": limit}
 
     @task
     def register(best: dict[str, Any]) -> dict[str, Any]:
-        """Registers the better model and points the alias at it."""
+        """Registers the best model as challenger. Run again, it finds the version that it made before."""
         import mlflow
 
-        version = mlflow.register_model(
-            best["model_uri"], MODEL_NAME, tags={"airflow.run_id": get_current_context()["run_id"]}
-        )
-        mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, ALIAS, version.version)
-        print(f"models:/{MODEL_NAME}@{ALIAS} is now version {version.version}: {best['name']}")
-        return {"model": MODEL_NAME, "version": version.version, "alias": ALIAS, **best}
+        client = mlflow.MlflowClient()
+        query = f"name = '{MODEL_NAME}' and run_id = '{best['run_id']}'"
+        (version, *_) = client.search_model_versions(query) or [
+            mlflow.register_model(
+                best["model_uri"],
+                MODEL_NAME,
+                tags={"airflow.run_id": get_current_context()["run_id"], "airflow.url": airflow_link()},
+            )
+        ]
+        client.set_registered_model_alias(MODEL_NAME, CHALLENGER, version.version)
+        print(f"models:/{MODEL_NAME}@{CHALLENGER} is now version {version.version}: {best['name']}")
+        return {"model": MODEL_NAME, "version": version.version, "url": mlflow_link(best), **best}
 
-    key = validate(ingest())
-    register(compare(train.partial(key=key).expand(candidate=CANDIDATES)))
+    approve = Approval(
+        task_id="approve",
+        subject="Deploy a new model?",
+        body=(
+            "{% set made = ti.xcom_pull(task_ids='register') %}"
+            "**{{ made.name }}**, version {{ made.version }} of `{{ made.model }}`: "
+            "roc_auc {{ '%.4f' | format(made.metrics.roc_auc) }} "
+            "(at least {{ '%.4f' | format(made.limit) }}). [The run in MLflow]({{ made.url }})"
+        ),
+        # Not asked a second time; how long is Approval's to say.
+        retries=0,
+        execution_timeout=None,
+    )
+
+    @task
+    def promote(challenger: dict[str, Any]) -> dict[str, Any]:
+        """Makes the challenger the champion, and remembers whose place it took."""
+        import mlflow
+
+        client, version = mlflow.MlflowClient(), str(challenger["version"])
+        known = client.get_model_version(MODEL_NAME, version)
+        if PREVIOUS not in known.tags:
+            # Before the alias moves: a task that is tried again must not take the new one for the old.
+            before = champion_version()
+            client.set_model_version_tag(MODEL_NAME, version, PREVIOUS, before.version if before else "none")
+        client.set_registered_model_alias(MODEL_NAME, CHAMPION, version)
+        client.delete_registered_model_alias(MODEL_NAME, CHALLENGER)
+        print(f"models:/{MODEL_NAME}@{CHAMPION} is now version {version}")
+        return {**challenger, "alias": CHAMPION}
+
+    @task
+    def smoke_test(deployed: dict[str, Any], keys: dict[str, str]) -> None:
+        """Asks the champion, as it is served, about rows whose answers are known."""
+        from airflow.sdk.exceptions import AirflowFailException
+
+        frame = read_csv(keys["test"]).head(20)
+        answers = ask_champion(frame.drop(columns=TARGET), str(deployed["version"]))
+        right = sum(int(answer) == known for answer, known in zip(answers, frame[TARGET], strict=True))
+        print(f"{right} of {len(frame)} answers are right")
+        if right < 0.8 * len(frame) or get_current_context()["params"]["fail_smoke_test"]:
+            raise AirflowFailException("the champion does not answer as it should")
+
+    @task(outlets=[DEPLOYED])
+    def announce(deployed: dict[str, Any]) -> None:
+        """The end of a run that did what it was for: updates the asset, on which DAGs of your own can be scheduled."""
+        print(f"{deployed['model']} version {deployed['version']} is deployed: {deployed['url']}")
+
+    @task(trigger_rule=TriggerRule.ONE_FAILED)
+    def restore(deployed: dict[str, Any] | None) -> None:
+        """Gives the alias back to the model that had it, and fails: the run did not do what it was for."""
+        import mlflow
+        from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+        if not deployed:
+            raise AirflowSkipException("nothing was deployed")
+        client, version = mlflow.MlflowClient(), str(deployed["version"])
+        now = champion_version()
+        before = client.get_model_version(MODEL_NAME, version).tags.get(PREVIOUS, "none")
+        if now is not None and now.version == version:
+            if before == "none":
+                client.delete_registered_model_alias(MODEL_NAME, CHAMPION)
+            else:
+                client.set_registered_model_alias(MODEL_NAME, CHAMPION, before)
+        raise AirflowFailException(f"version {version} failed its smoke test; {CHAMPION} is version {before} again")
+
+    keys = features(validate(ingest()))
+    trained = train.partial(keys=keys).expand(candidate=CANDIDATES)
+    challenger = register(choose(evaluate.partial(keys=keys).expand(trained=trained), keys))
+    deployed = promote(challenger)
+    tested = smoke_test(deployed, keys)
+    challenger >> approve >> deployed
+    tested >> [announce(deployed), restore(deployed)]
+
+
+def ask_champion(rows: pd.DataFrame, version: str) -> list[Any]:
+    """The champion's answers: over HTTP where the service `serving` runs, else from the model that the alias names.
+
+    Raises AirflowFailException where it is not that version which answers.
+    """
+    import time
+
+    import mlflow
+    from airflow.sdk.exceptions import AirflowFailException
+
+    url = os.environ.get("SERVING_URL")
+    if not url:
+        found = champion_version()
+        if found is None or found.version != version:
+            raise AirflowFailException(f"the alias {CHAMPION} does not name version {version}")
+        with quiet():
+            return list(mlflow.pyfunc.load_model(f"models:/{MODEL_NAME}/{version}").predict(rows))
+    import requests
+
+    deadline = time.monotonic() + 60
+    while True:
+        answer = requests.post(
+            f"{url}/invocations",
+            json={"dataframe_split": rows.to_dict(orient="split")},
+            headers={"Authorization": f"Bearer {os.environ['SERVING_TOKEN']}"},
+            timeout=10,
+        )
+        if answer.ok and answer.json()["version"] == version:
+            return list(answer.json()["predictions"])
+        if time.monotonic() > deadline:
+            raise AirflowFailException(
+                f"after 60 s version {version} does not answer: {answer.status_code} {answer.text}"
+            )
+        time.sleep(1)
 
 
 train_model()

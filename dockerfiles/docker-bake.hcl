@@ -65,6 +65,12 @@ target "mlflow" {
   contexts = { python = "target:python", python-build = "target:python-build" }
 }
 
+target "serving" {
+  inherits = ["common"]
+  context  = "serving"
+  contexts = { python = "target:python", python-build = "target:python-build" }
+}
+
 target "airflow" {
   inherits = ["common"]
   context  = "airflow"

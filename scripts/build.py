@@ -19,13 +19,15 @@ def main(argv: Sequence[str]) -> int:
     """Builds, and pushes if asked to."""
     parser = argparse.ArgumentParser(prog="make build", description=__doc__)
     parser.add_argument("--push", action="store_true", help="push the images to IMAGE_PREFIX")
+    parser.add_argument("--all", action="store_true", help="those of opt-in services that are off, too")
     arguments = parser.parse_args(argv)
     here = instance.current()
     chosen = settings.load(here.settings_file)
     found = host.read()
     preflight.raise_all(preflight.before_engine(found, chosen, here))
     running = engines.ensure(found, may_install=chosen.install_engine == "auto")
-    wanted = images.tags(chosen)
+    every = images.tags(chosen)
+    wanted = every if arguments.all else images.needed(chosen, every)
     due = images.missing(chosen, wanted)
     preflight.check_engine_disk(running, to_build=bool(due))
     if due:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         was_paused = airflow.wait_for_dag(DAG_ID)["is_paused"]
         airflow.set_paused(DAG_ID, False)
         try:
-            run_id = airflow.trigger(DAG_ID, {"damage_data": arguments.damage_data})
+            run_id = airflow.trigger(DAG_ID, {"approval": "automatic", "damage_data": arguments.damage_data})
             with step(f"running {DAG_ID}") as progress:
                 state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S, on_progress=lambda now: show(progress, now))
         finally:
@@ -57,15 +57,20 @@ def show(progress: Step, instances: list[dict[str, Any]]) -> None:
 
 def reason(log: str) -> str:
     """The line of a task's log that says why it failed."""
-    lines = [line for line in log.splitlines() if "not fit" in line or "Error" in line or "Exception" in line]
+    lines = [
+        line
+        for line in log.splitlines()
+        if "not fit" in line or "not good enough" in line or "Error" in line or "Exception" in line
+    ]
     return lines[-1] if lines else "see its log"
 
 
 def print_results(airflow: Airflow, chosen: settings.Settings, run_id: str) -> None:
     """The links to what the run made."""
-    best = airflow.xcom(DAG_ID, run_id, "register")
+    best = airflow.xcom(DAG_ID, run_id, "promote")
     ui = f"{chosen.mlflow_url}/#"
-    print(f"best      {best['name']}: roc_auc {best['roc_auc']:.4f}, accuracy {best['accuracy']:.4f}")
+    metrics = best["metrics"]
+    print(f"best      {best['name']}: roc_auc {metrics['roc_auc']:.4f}, accuracy {metrics['accuracy_score']:.4f}")
     print(f"compare   {ui}/experiments/{best['experiment_id']}")
     print(f"mlflow    {ui}/experiments/{best['experiment_id']}/runs/{best['run_id']}")
     print(

@@ -30,7 +30,7 @@ LOCKS = (
     Lock(ROOT / "dockerfiles/base/uv.in", ROOT / "dockerfiles/base/uv.lock", "3.13"),
     *(
         Lock(ROOT / f"dockerfiles/{image}/requirements.in", ROOT / f"dockerfiles/{image}/requirements.lock", "3.13")
-        for image in ("airflow", "mlflow", "minio")
+        for image in ("airflow", "mlflow", "minio", "serving")
     ),
     Lock(ROOT / "scripts/requirements.in", ROOT / "scripts/requirements.lock", "3.10"),
     Lock(ROOT / "examples/requirements.in", ROOT / "examples/requirements.lock", "3.10"),

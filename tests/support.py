@@ -34,6 +34,7 @@ from stack import compose, settings
 from stack.airflow import Airflow
 from stack.compose import Compose
 from stack.instance import ROOT, VAR, Instance
+from stack.serving import Serving
 
 PROJECT = "mlstack-test"
 USER = "mlstack-test"
@@ -150,6 +151,9 @@ class StackUnderTest:
     def airflow(self) -> Airflow:
         return Airflow(self.airflow_url, self.settings.admin_user, self.secret("admin_password"))
 
+    def serving(self) -> Serving:
+        return Serving(self.settings.serving_url, self.secret("serving_token"))
+
 
 def program(name: str) -> ModuleType:
     """One of the programs in Airflow's image that have no ending, as a module."""
@@ -205,13 +209,16 @@ def throwaway(request: pytest.FixtureRequest) -> Iterator[StackUnderTest]:
     say = request.config.get_terminal_writer().line
     say(f"\nbuilding what is due, then starting a throwaway stack ({PROJECT})")
     remove_leftovers()
-    built = subprocess.run([sys.executable, ROOT / "scripts/build.py"], check=False, stdin=subprocess.DEVNULL)
+    # Here, and not by its own `make up`: with the mirrors of this clone's settings, and opt-in services' images, too.
+    build = [sys.executable, ROOT / "scripts/build.py", "--all"]
+    built = subprocess.run(build, check=False, stdin=subprocess.DEVNULL)
     assert built.returncode == 0, "the images could not be built (see above)"
     clone = copy_of_the_tree()
-    airflow_port, mlflow_port, flower_port = free_ports(3)
+    airflow_port, mlflow_port, flower_port, serving_port = free_ports(4)
     (clone / "stack.env").write_text(
         f"STACK_NAME={PROJECT}\nSTACK_MEMORY={MEMORY}\nWORKER_MEMORY={WORKER_MEMORY}\nAIRFLOW_PORT={airflow_port}\n"
         f"MLFLOW_PORT={mlflow_port}\nFLOWER=on\nFLOWER_PORT={flower_port}\n"
+        f"SERVING=on\nSERVING_PORT={serving_port}\n"
     )
     found = StackUnderTest(clone, user=make_user(clone))
     try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prepares the object store: buckets, and for each an identity that may use it and nothing else.
+"""Prepares the object store: buckets, and for each an identity that may use it and little else.
 
 Changes nothing that is as it should be; sets an identity's secret and policy again at every run, so
 that the generated secrets are always the ones in force. One policy file a bucket:
@@ -21,7 +21,14 @@ from minio.credentials import StaticProvider
 from minio.error import MinioAdminException, S3Error
 
 # Identity (also its policy's name) -> bucket. The environment has S3_<IDENTITY>_SECRET for each.
-IDENTITIES = {"mlflow": "mlflow", "airflow-logs": "airflow-logs", "pipelines": "pipelines"}
+IDENTITIES = {
+    "mlflow": "mlflow",
+    "airflow-logs": "airflow-logs",
+    "pipelines": "pipelines",
+    "serving": "predictions",
+}
+# Adds objects and can look at nothing: it is known once the store says so, and not that it knows nobody of the name.
+WRITE_ONLY = {"serving"}
 POLICIES = Path("/etc/minio")
 PATIENCE_S = 30
 ANSWER_S = 10
@@ -68,14 +75,16 @@ def _attach(admin: MinioAdmin, identity: str) -> None:
 
 
 def _prove(endpoint: str, identity: str, secret: str, bucket: str) -> None:
-    """Returns once the identity itself can list its bucket; identities take a moment to be known."""
+    """Returns once the store knows the identity, by its secret: it takes a moment. It can list its bucket then."""
     client = Minio(endpoint=endpoint, access_key=identity, secret_key=secret, secure=False)
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             next(iter(client.list_objects(bucket_name=bucket)), None)
             return
-        except S3Error:
+        except S3Error as error:
+            if identity in WRITE_ONLY and error.code == "AccessDenied":
+                return
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)

@@ -18,8 +18,12 @@ from mlflow.server.auth.config import read_auth_config
 from mlflow.server.auth.db import cli as auth_db
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
-# The login with which Airflow's tasks report; an ordinary user, who owns what it creates.
-TASK_USER = "airflow"
+# Login -> the variable with its password, and the secret's file. Airflow's tasks report as an ordinary user, who owns
+# what it creates; that of serving reads registered models and nothing else (mlstack_logins.py).
+LOGINS = {
+    "airflow": ("MLFLOW_AIRFLOW_PASSWORD", "mlflow_airflow_password"),
+    "serving": ("MLFLOW_SERVING_PASSWORD", "mlflow_serving_password"),
+}
 
 
 def main() -> int:
@@ -31,14 +35,15 @@ def main() -> int:
     bootstrap_admin_user()
     store = SqlAlchemyStore()
     store.init_db(database)
-    password = os.environ["MLFLOW_AIRFLOW_PASSWORD"]
-    if not store.has_user(TASK_USER):
-        store.create_user(TASK_USER, password)
-        print(f"created the login {TASK_USER}")
-    elif not store.authenticate_user(TASK_USER, password):
-        # The generated secret is the truth: a restored secrets/ directory must work.
-        store.update_user(TASK_USER, password=password)
-        print(f"the login {TASK_USER} got the password of secrets/mlflow_airflow_password")
+    for user, (variable, secret) in LOGINS.items():
+        password = os.environ[variable]
+        if not store.has_user(user):
+            store.create_user(user, password)
+            print(f"created the login {user}")
+        elif not store.authenticate_user(user, password):
+            # The generated secret is the truth: a restored secrets/ directory must work.
+            store.update_user(user, password=password)
+            print(f"the login {user} got the password of secrets/{secret}")
     return 0
 
 

@@ -85,6 +85,12 @@ class Airflow:
         run = self.call("POST", f"/dags/{dag_id}/dagRuns", json={"logical_date": None, "conf": conf or {}})
         return str(run["dag_run_id"])
 
+    def runs(self, dag_id: str) -> list[dict[str, Any]]:
+        """A DAG's latest runs, a hundred at the most, the latest first."""
+        params = {"limit": 100, "order_by": "-run_after"}
+        found: list[dict[str, Any]] = self.call("GET", f"/dags/{dag_id}/dagRuns", params=params)["dag_runs"]
+        return found
+
     def run_state(self, dag_id: str, run_id: str) -> str:
         """A run's state."""
         return str(self.call("GET", f"/dags/{dag_id}/dagRuns/{run_id}")["state"])

@@ -25,6 +25,7 @@ FILES = (
     "compose/minio.yaml",
     "compose/mlflow.yaml",
     "compose/airflow.yaml",
+    "compose/serving.yaml",
 )
 """The Compose files that every stack has, in the order in which they are merged."""
 
@@ -50,7 +51,7 @@ def environment(instance: Instance, settings: Settings, plan: Plan, tags: Mappin
         "COMPOSE_PROJECT_NAME": settings.stack_name,
         "COMPOSE_FILE": ":".join(str(ROOT / name) for name in files(settings)),
         "COMPOSE_PATH_SEPARATOR": ":",
-        "COMPOSE_PROFILES": "flower" if settings.flower == "on" else "",
+        "COMPOSE_PROFILES": ",".join(name for name in ("flower", "serving") if getattr(settings, name) == "on"),
         "STACK_NAME": settings.stack_name,
         "RETRY_WITH_MORE_MEMORY": settings.retry_with_more_memory,
         "SECRETS_DIR": str(instance.secrets),
@@ -61,6 +62,11 @@ def environment(instance: Instance, settings: Settings, plan: Plan, tags: Mappin
         "AIRFLOW_PORT": str(settings.airflow_port),
         "MLFLOW_PORT": str(settings.mlflow_port),
         "FLOWER_PORT": str(settings.flower_port),
+        "SERVING_PORT": str(settings.serving_port),
+        # For tasks; empty where nobody serves.
+        "SERVING_URL": "http://serving:5002" if settings.serving == "on" else "",
+        "SERVING_MODEL": settings.serving_model,
+        "SERVING_ALIAS": settings.serving_alias,
         "IMAGE_PREFIX": settings.image_prefix,
         **{f"{image.upper().replace('-', '_')}_TAG": tag for image, tag in tags.items()},
         **plan.environment(),

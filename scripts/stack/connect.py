@@ -12,6 +12,8 @@ from stack import settings
 from stack.airflow import Airflow
 from stack.errors import StackError
 from stack.instance import ROOT, Instance
+from stack.registry import Registry
+from stack.serving import Serving
 from stack.settings import Settings
 
 
@@ -30,6 +32,23 @@ def airflow(here: Instance) -> tuple[Airflow, Settings]:
         ) from error
 
 
+def serving(here: Instance, chosen: Settings) -> Serving:
+    """The predictions' API with the instance's token. Raises StackError (E-SERVING-OFF, E-NO-INIT)."""
+    if chosen.serving == "off":
+        raise StackError(
+            "E-SERVING-OFF",
+            "serving is off",
+            why=f"SERVING is off in {here.settings_file}, as it is by default",
+            fix="write SERVING=on there, then make up",
+        )
+    return Serving(chosen.serving_url, _secret(here, "serving_token"))
+
+
+def registry(here: Instance, chosen: Settings) -> Registry:
+    """MLflow's registry with the instance's first login. Raises StackError (E-NO-INIT)."""
+    return Registry(chosen.mlflow_url, chosen.admin_user, admin_password(here))
+
+
 def tracking(chosen: Settings, user: str, password: str) -> dict[str, str]:
     """The variables that MLflow's client reads."""
     return {
@@ -46,7 +65,11 @@ def exports(variables: Mapping[str, str]) -> str:
 
 def admin_password(here: Instance) -> str:
     """The first login's password, as it was made. Raises StackError (E-NO-INIT)."""
-    path = here.secrets / "admin_password"
+    return _secret(here, "admin_password")
+
+
+def _secret(here: Instance, name: str) -> str:
+    path = here.secrets / name
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError as error:

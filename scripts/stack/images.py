@@ -23,7 +23,7 @@ from stack.settings import Settings
 
 DOCKERFILES = ROOT / "dockerfiles"
 BAKE_FILE = DOCKERFILES / "docker-bake.hcl"
-IMAGES = ("postgres", "redis", "minio", "minio-init", "mlflow", "airflow")
+IMAGES = ("postgres", "redis", "minio", "minio-init", "mlflow", "airflow", "serving")
 """The names of the images, and of their targets in docker-bake.hcl."""
 
 BOOTSTRAPPED = "stack-debian:trixie"
@@ -54,6 +54,7 @@ SOURCES: Mapping[str, Source] = {
     "minio-init": Source("minio", "requirements.lock", r"^minio==(\S+)"),
     "mlflow": Source("mlflow", "requirements.lock", r"^mlflow==(\S+)"),
     "airflow": Source("airflow", "requirements.lock", r"^apache-airflow-core==(\S+)"),
+    "serving": Source("serving", "requirements.lock", r"^mlflow-skinny==(\S+)"),
 }
 
 
@@ -109,6 +110,11 @@ def name(settings: Settings, image: str, tag: str) -> str:
     return f"{settings.image_prefix}/{image}:{tag}"
 
 
+def needed(settings: Settings, wanted: Mapping[str, str]) -> dict[str, str]:
+    """Of these images those that the settings have run: the one of an opt-in service only where that is on."""
+    return {image: tag for image, tag in wanted.items() if image != "serving" or settings.serving == "on"}
+
+
 def missing(settings: Settings, wanted: Mapping[str, str]) -> list[str]:
     """The images that this engine does not have."""
     return [
@@ -120,7 +126,7 @@ def missing(settings: Settings, wanted: Mapping[str, str]) -> list[str]:
 
 def ensure(host: Host, settings: Settings, wanted: Mapping[str, str]) -> list[str]:
     """Builds or pulls what is missing; returns the images that it made."""
-    due = missing(settings, wanted)
+    due = missing(settings, needed(settings, wanted))
     if not due:
         return []
     if settings.image_source == "pull":

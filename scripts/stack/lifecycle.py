@@ -45,7 +45,7 @@ def prepare(instance: Instance) -> Prepared:
     preflight.raise_all(preflight.before_engine(found, chosen, instance))
     running = engine.ensure(found, may_install=chosen.install_engine == "auto")
     tags = images.tags(chosen)
-    due = images.missing(chosen, tags)
+    due = images.missing(chosen, images.needed(chosen, tags))
     to_build = bool(due) and chosen.image_source == "build"
     preflight.raise_all(preflight.with_engine(found, chosen, running, to_build=to_build))
     missing = secrets.check(instance.secrets, data_exists=bool(compose.volumes(chosen.stack_name)))
@@ -267,6 +267,8 @@ def addresses(prepared: Prepared, instance: Instance, *, show_password: bool) ->
     ]
     if chosen.flower == "on":
         lines.append(f"Flower    http://localhost:{chosen.flower_port}   (password in secrets/flower_password)")
+    if chosen.serving == "on":
+        lines.append(f"Serving   {chosen.serving_url}   (token in secrets/serving_token; make predict)")
     lines += [
         f"login     {chosen.admin_user}, password {password}",
         "next      make demo (a training pipeline) · make status · make help",

@@ -116,11 +116,11 @@ class People:
                 why="it has 2 to 32 small letters, digits, dots, dashes or underscores, and begins with a letter",
                 fix="make user NAME=ada",
             )
-        if name in (self.settings.admin_user, "airflow"):
+        if name in (self.settings.admin_user, "airflow", "serving"):
             raise StackError(
                 "E-USER-NAME",
                 f"{name} is the stack's own login",
-                why="the first login and that of Airflow's tasks belong to the stack",
+                why="the first login, that of Airflow's tasks and that of serving belong to the stack",
                 fix="choose another name",
             )
 

@@ -68,13 +68,12 @@ def before_engine(host: Host, settings: Settings, instance: Instance) -> list[St
 
 def with_engine(host: Host, settings: Settings, engine: Engine, *, to_build: bool) -> list[StackError]:
     """What needs the engine's answer: its memory, its disk, the ports."""
-    published = ports_of(settings)
     own = _own_ports(settings.stack_name)
     checks: list[Callable[[], object]] = [
         lambda: plan_for(host, settings, engine),
         lambda: check_engine_disk(engine, to_build=to_build),
     ]
-    for key, port in published.items():
+    for key, port in settings.ports.items():
         if port not in own:
             checks.append(lambda key=key, port=port: check_port(key, settings.bind_address, port))  # type: ignore[misc]
     return _collect(checks)
@@ -177,12 +176,6 @@ def check_writable(directory: Path) -> None:
             why="the plan (.env) and the secrets are written there",
             fix=f"sudo chown -R $(id -u) '{nearest}'",
         )
-
-
-def ports_of(settings: Settings) -> dict[str, int]:
-    """Setting -> port of every page that is published."""
-    ports = {"AIRFLOW_PORT": settings.airflow_port, "MLFLOW_PORT": settings.mlflow_port}
-    return ports | ({"FLOWER_PORT": settings.flower_port} if settings.flower == "on" else {})
 
 
 def check_port(key: str, address: str, port: int) -> None:

@@ -49,6 +49,7 @@ PRIMARY: Mapping[str, Callable[[], str]] = {
     "mlflow_s3_secret": _password,
     "airflow_logs_s3_secret": _password,
     "pipelines_s3_secret": _password,
+    "serving_s3_secret": _password,
     "fernet_key": _fernet_key,
     # Signs with SHA-512, and warns in each log of less than its 64 bytes.
     "jwt_secret": partial(_password, 64),
@@ -56,9 +57,15 @@ PRIMARY: Mapping[str, Callable[[], str]] = {
     "mlflow_flask_secret": _password,
     "mlflow_kek_passphrase": _password,
     "mlflow_airflow_password": _password,
+    "mlflow_serving_password": _password,
+    "serving_token": _password,
     "flower_password": _password,
 }
 """Name -> how to make it. A name is a file in secrets/ and a secret in compose/secrets.yaml."""
+
+RENEWABLE = frozenset({"serving_s3_secret", "mlflow_serving_password", "serving_token"})
+"""Made where they are missing, although there is data: `make up` sets them anew in MLflow and in the store, and
+nothing was written with them. So a stack gets them that is older than they are."""
 
 
 def derive(
@@ -137,10 +144,11 @@ def check(directory: Path, *, data_exists: bool) -> list[str]:
     one while volumes of this stack exist, whose data was written with it.
     """
     missing = [name for name in PRIMARY if _read(directory / name) is None]
-    if missing and data_exists:
+    lost = [name for name in missing if name not in RENEWABLE]
+    if lost and data_exists:
         raise StackError(
             "E-SECRET-LOST",
-            f"secret(s) missing while this stack has data: {', '.join(missing)}",
+            f"secret(s) missing while this stack has data: {', '.join(lost)}",
             why="the data in the volumes was written with them; new ones would not open it",
             fix=f"put them back into {directory} from your backup.\n"
             "Without a backup: `make clean` deletes the data, and the next `make up` begins anew",

@@ -128,7 +128,11 @@ class Settings(BaseModel):
         "on", title="The stack", description="on: the retry of a task that ran out of memory gets twice as much."
     )
     admin_user: Annotated[
-        str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "letters, digits, dot, - and _ only, at most 64")
+        str,
+        _matching(
+            r"(?!(?:airflow|serving)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
+            "letters, digits, dot, - and _ only, at most 64; not airflow or serving, which are the stack's own logins",
+        ),
     ] = Field(
         "admin", title="The stack", description="First login of Airflow and of MLflow; set before the first `make up`."
     )
@@ -142,6 +146,23 @@ class Settings(BaseModel):
         "off", title="Addresses", description="Flower, the monitor of the Celery queue: on or off."
     )
     flower_port: Port = Field(5555, title="Addresses", description="Flower's web pages, where it is on.")
+    serving: Literal["on", "off"] = Field(
+        "off", title="Addresses", description="Predictions over HTTP from a registered model: on or off."
+    )
+    serving_port: Port = Field(5002, title="Addresses", description="The predictions' HTTP API, where it is on.")
+
+    serving_model: Annotated[
+        str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "letters, digits, dot, - and _ only, at most 64")
+    ] = Field(
+        "tumour-classifier", title="The served model", description="The registered model that answers, by its name."
+    )
+    serving_alias: Annotated[
+        str, _matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}", "a letter, then letters, digits, - and _ only, at most 64")
+    ] = Field(
+        "champion",
+        title="The served model",
+        description="Its version with this alias answers; moving the alias moves the answers.",
+    )
 
     dags_dir: str = Field(
         "./dags", title="Your code", description="Your DAGs; seen by Airflow within seconds of a change."
@@ -212,6 +233,21 @@ class Settings(BaseModel):
         """Where MLflow listens, as seen from this host."""
         return f"http://localhost:{self.mlflow_port}"
 
+    @property
+    def serving_url(self) -> str:
+        """Where the predictions' API listens, where it is on, as seen from this host."""
+        return f"http://localhost:{self.serving_port}"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Key -> port of every page and API that is published."""
+        found = {"AIRFLOW_PORT": self.airflow_port, "MLFLOW_PORT": self.mlflow_port}
+        if self.flower == "on":
+            found["FLOWER_PORT"] = self.flower_port
+        if self.serving == "on":
+            found["SERVING_PORT"] = self.serving_port
+        return found
+
 
 DEFAULTS = Settings.model_construct(**{name: field.default for name, field in Settings.model_fields.items()})
 
@@ -246,9 +282,9 @@ def parse(text: str, source: str = "stack.env") -> Settings:
             f"{problem['msg'].removeprefix('Value error, ')}"
             for problem in error.errors()
         ]
-    ports = [settings.airflow_port, settings.mlflow_port, *([settings.flower_port] if settings.flower == "on" else [])]
-    if len(set(ports)) != len(ports):
-        problems.append(f"AIRFLOW_PORT, MLFLOW_PORT and FLOWER_PORT must differ, they are {ports}")
+    ports = settings.ports
+    if len(set(ports.values())) != len(ports):
+        problems.append("ports must differ: " + ", ".join(f"{key}={port}" for key, port in ports.items()))
     if problems:
         raise StackError(
             "E-SETTING",

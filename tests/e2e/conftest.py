@@ -13,6 +13,8 @@ from stack.airflow import Airflow
 from tests.support import StackUnderTest
 
 DAG_ID = "train_model"
+MODEL = "tumour-classifier"
+AUTOMATIC = {"approval": "automatic"}
 PATIENCE_S = 300
 
 
@@ -21,14 +23,14 @@ def finished(airflow: Airflow) -> dict[str, Any]:
     """A run of the pipeline that has ended well, and what its last task returned."""
     airflow.wait_for_dag(DAG_ID)
     airflow.set_paused(DAG_ID, False)
-    run_id = airflow.trigger(DAG_ID)
+    run_id = airflow.trigger(DAG_ID, AUTOMATIC)
     state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S)
     assert state == "success", {
         one["task_id"]: airflow.task_log(DAG_ID, run_id, one["task_id"], map_index=one["map_index"])
         for one in airflow.task_instances(DAG_ID, run_id)
         if one["state"] == "failed"
     }
-    return {**airflow.xcom(DAG_ID, run_id, "register"), "run_id": run_id}
+    return {**airflow.xcom(DAG_ID, run_id, "promote"), "run_id": run_id}
 
 
 @pytest.fixture(scope="module")

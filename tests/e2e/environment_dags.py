@@ -44,7 +44,7 @@ def uses_environment() -> None:
             mlflow.log_params({"n_estimators": 20, "max_depth": 3})
             mlflow.log_metric("accuracy", float(model.score(features, target)))
             # Named, because finding them out takes another process with all of these libraries.
-            logged = mlflow.xgboost.log_model(model, name="model", pip_requirements=["xgboost-cpu==3.4.1"])
+            logged = mlflow.xgboost.log_model(model, name="model", pip_requirements=["xgboost-cpu==3.0.5"])
         return {
             "prefix": sys.prefix,
             "version": xgboost.__version__,
@@ -55,11 +55,11 @@ def uses_environment() -> None:
         }
 
     @task
-    def outside() -> bool:
-        """Whether the image's own environment has it."""
-        import importlib.util
+    def outside() -> str:
+        """The version of the image's own environment."""
+        import xgboost
 
-        return importlib.util.find_spec("xgboost") is not None
+        return str(xgboost.__version__)
 
     train()
     outside()

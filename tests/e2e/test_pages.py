@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from mlflow import MlflowClient
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
@@ -18,7 +20,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from stack import engine, host
 from stack.airflow import Airflow
-from tests.support import SCREENSHOTS, StackUnderTest
+from tests.e2e.conftest import DAG_ID, MODEL
+from tests.support import SCREENSHOTS, StackUnderTest, wait_until
 
 PATIENCE_S = 60
 
@@ -72,16 +75,35 @@ def keep(browser: webdriver.Chrome, name: str) -> Path:
     return path
 
 
+def sign_in(browser: webdriver.Chrome, stack: StackUnderTest, password: str, seen: str) -> None:
+    """Fills in Airflow's login form, and waits for what comes of it."""
+    browser.get(f"{stack.airflow_url}/auth/login/")
+    WebDriverWait(browser, PATIENCE_S).until(lambda page: page.find_elements(By.NAME, "username"))
+    browser.find_element(By.NAME, "username").send_keys(stack.settings.admin_user)
+    browser.find_element(By.NAME, "password").send_keys(password)
+    browser.find_element(By.CSS_SELECTOR, "input[type=submit], button[type=submit]").click()
+    wait_for_text(browser, seen)
+
+
+def click(browser: webdriver.Chrome, text: str) -> None:
+    """Presses the button of that name, once it can be pressed."""
+
+    def pressed(page: webdriver.Chrome) -> bool:
+        for button in page.find_elements(By.XPATH, f"//button[normalize-space()='{text}']"):
+            if button.is_displayed() and button.is_enabled():
+                button.click()
+                return True
+        return False
+
+    wait = WebDriverWait(browser, PATIENCE_S, ignored_exceptions=[StaleElementReferenceException])
+    wait.until(pressed, f"no button {text!r} on {browser.current_url}")
+
+
 def test_airflow_pages(browser: webdriver.Chrome, stack: StackUnderTest, airflow: Airflow) -> None:
     """A wrong password is refused, the right one lets in, and the shipped DAG is listed."""
     airflow.wait_for_dag("train_model")
-    for password, seen in (("wrong", "Invalid login"), (stack.secret("admin_password"), "Dags")):
-        browser.get(f"{stack.airflow_url}/auth/login/")
-        WebDriverWait(browser, PATIENCE_S).until(lambda page: page.find_elements(By.NAME, "username"))
-        browser.find_element(By.NAME, "username").send_keys(stack.settings.admin_user)
-        browser.find_element(By.NAME, "password").send_keys(password)
-        browser.find_element(By.CSS_SELECTOR, "input[type=submit], button[type=submit]").click()
-        wait_for_text(browser, seen)
+    sign_in(browser, stack, "wrong", "Invalid login")
+    sign_in(browser, stack, stack.secret("admin_password"), "Dags")
     browser.get(f"{stack.airflow_url}/dags")
     wait_for_text(browser, "train_model")
     keep(browser, "airflow-dags")
@@ -100,5 +122,41 @@ def test_mlflow_pages(browser: webdriver.Chrome, stack: StackUnderTest, finished
     wait_for_text(browser, "train_model")
     keep(browser, "mlflow-experiments")
     browser.get(f"{stack.mlflow_url}/#/experiments/{finished['experiment_id']}/runs")
-    wait_for_text(browser, "random-forest")
+    wait_for_text(browser, "neural-network")
     keep(browser, "mlflow-runs")
+
+
+def test_two_runs_are_compared(
+    browser: webdriver.Chrome, stack: StackUnderTest, tracking: MlflowClient, finished: dict[str, Any]
+) -> None:
+    """MLflow's page shows two of the pipeline's candidates side by side, with what they differ in."""
+    query = f"tags.`airflow.run_id` = '{finished['run_id']}'"
+    runs = tracking.search_runs([finished["experiment_id"]], query, max_results=2)
+    ids, names = ([one.info.run_id for one in runs], [str(one.info.run_name) for one in runs])
+    words = f"runs={quote(json.dumps(ids))}&experiments={quote(json.dumps([finished['experiment_id']]))}"
+    browser.get(f"{stack.mlflow_url}/#/compare-runs?{words}")
+    wait_for_text(browser, "Comparing 2 Runs")
+    for text in (*names, "roc_auc"):
+        wait_for_text(browser, text)
+    keep(browser, "mlflow-compare")
+
+
+def test_a_model_is_approved(
+    browser: webdriver.Chrome, stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, finished: dict[str, Any]
+) -> None:
+    """In Airflow's page of the waiting task, by its button; then the model is champion."""
+    assert finished["version"]
+    run_id = airflow.trigger(DAG_ID)
+    wait_until(
+        lambda: any(one["state"] == "awaiting_input" for one in airflow.task_instances(DAG_ID, run_id)),
+        300,
+        "the run asks for approval",
+    )
+    sign_in(browser, stack, stack.secret("admin_password"), "Dags")
+    browser.get(f"{stack.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id)}/tasks/approve/required_actions")
+    wait_for_text(browser, "Deploy a new model?")
+    keep(browser, "airflow-approval")
+    click(browser, "Approve")
+    assert airflow.follow(DAG_ID, run_id, patience=120) == "success"
+    champion = tracking.get_model_version_by_alias(MODEL, "champion")
+    assert champion.version == airflow.xcom(DAG_ID, run_id, "register")["version"]

@@ -109,7 +109,7 @@ def test_half_a_user_is_taken_back(stack: StackUnderTest, airflow: Airflow, name
         airflow.request("DELETE", f"{USERS}/{name}x")
 
 
-@pytest.mark.parametrize("bad", ["Ada", "a", "a b", "x" * 33, "admin", "airflow", "", "-rf", "a;id"])
+@pytest.mark.parametrize("bad", ["Ada", "a", "a b", "x" * 33, "admin", "airflow", "serving", "", "-rf", "a;id"])
 def test_a_bad_name_is_refused(stack: StackUnderTest, bad: str) -> None:
     refused = stack.make("user", f"NAME={bad}")
     assert refused.code != 0

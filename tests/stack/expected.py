@@ -65,7 +65,7 @@ SERVICES = {
         "minio-init",
         10003,
         _set("backend"),
-        _set("minio_root_password mlflow_s3_secret airflow_logs_s3_secret pipelines_s3_secret"),
+        _set("minio_root_password mlflow_s3_secret airflow_logs_s3_secret pipelines_s3_secret serving_s3_secret"),
         {"/etc/minio": False},
         "128m",
         job=True,
@@ -74,7 +74,10 @@ SERVICES = {
         "mlflow",
         10004,
         _set("backend"),
-        _set("mlflow_backend_url mlflow_auth_ini mlflow_flask_secret admin_password mlflow_airflow_password"),
+        _set(
+            "mlflow_backend_url mlflow_auth_ini mlflow_flask_secret admin_password "
+            "mlflow_airflow_password mlflow_serving_password"
+        ),
         {},
         "512m",
         job=True,
@@ -138,7 +141,7 @@ SERVICES = {
         "airflow",
         50000,
         _set("backend frontend"),
-        _set("broker_url celery_result_url conn_stack_logs conn_stack_data mlflow_airflow_password"),
+        _set("broker_url celery_result_url conn_stack_logs conn_stack_data mlflow_airflow_password serving_token"),
         _CODE | {_LOGS: True, "/tmp": True, "/var/lib/taskguard": True},
         "WORKER_MEMORY",
     ),
@@ -176,6 +179,19 @@ def with_git(scheme: str) -> dict[str, Expected]:
         found[name] = replace(was, mounts=was.mounts | mounts | own[0], secrets=was.secrets | secrets | own[1])
     return found
 
+
+SERVING = Expected(
+    "serving",
+    10005,
+    _set("backend frontend"),
+    _set("mlflow_serving_password serving_s3_secret serving_token"),
+    {},
+    "512m",
+    port="serving_port",
+)
+
+OPT_IN = {"flower": FLOWER, "serving": SERVING}
+"""Setting, which is also the service's name -> what it is where it is on; the plan does not count its limit."""
 
 VOLUMES = _set("postgres minio redis airflow-task-logs worker-scratch worker-ledger mlflow-spool")
 NETWORKS = _set("backend frontend")

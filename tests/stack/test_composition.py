@@ -10,7 +10,7 @@ import testinfra
 
 from stack import dags
 from stack.settings import parse_size
-from tests.stack.expected import FLOWER, GIT_VOLUMES, NETWORKS, SERVICES, VOLUMES, Expected, with_git
+from tests.stack.expected import GIT_VOLUMES, NETWORKS, OPT_IN, SERVICES, VOLUMES, Expected, with_git
 from tests.support import StackUnderTest, run
 
 
@@ -19,7 +19,7 @@ def expected(stack: StackUnderTest) -> dict[str, Expected]:
     chosen = stack.settings
     return (
         SERVICES
-        | ({"flower": FLOWER} if chosen.flower == "on" else {})
+        | {name: one for name, one in OPT_IN.items() if getattr(chosen, name) == "on"}
         | (with_git(dags.scheme(chosen)) if chosen.dags_git_url else {})
     )
 
@@ -64,7 +64,7 @@ def test_images_and_users(
 def test_published_ports(
     stack: StackUnderTest, inspected: dict[str, dict[str, Any]], expected: dict[str, Expected]
 ) -> None:
-    """Only web pages are published, on loopback, at the port of the setting."""
+    """Only web pages and the predictions' API are published, on loopback, at the port of the setting."""
     for service, want in expected.items():
         published = {
             (binding["HostIp"], int(binding["HostPort"]))
@@ -105,11 +105,9 @@ def test_limits(stack: StackUnderTest, inspected: dict[str, dict[str, Any]], exp
         assert settings["MemorySwap"] in (limit, -1), service
         assert 0 < settings["MemoryReservation"] < limit, service
         assert 0 < settings["PidsLimit"] <= 4096, service
-        total += 0 if want.job else limit
+        total += 0 if want.job or service in OPT_IN else limit
     if stack.settings.stack_memory:
-        # Flower is opt-in and not part of the plan.
-        flower = parse_size(FLOWER.limit) if "flower" in expected else 0
-        assert total - flower <= stack.settings.stack_memory
+        assert total <= stack.settings.stack_memory
 
 
 def test_privileges(inspected: dict[str, dict[str, Any]], expected: dict[str, Expected]) -> None:
@@ -149,7 +147,7 @@ def test_no_secret_is_visible(stack: StackUnderTest, inspected: dict[str, dict[s
         for path in stack.instance.secrets.iterdir()
         if not path.name.startswith("conn_") and path.name not in ("mlflow_auth_ini", "redis_acl")
     }
-    assert len(values) >= 18
+    assert len(values) >= 21
     for service in inspected:
         places = {
             "docker inspect": str(inspected[service]),
@@ -179,7 +177,15 @@ def test_image_labels(inspected: dict[str, dict[str, Any]]) -> None:
 
 
 # MB, as `docker images` counts; each well below what its published counterpart takes.
-SIZES = {"airflow": 950, "mlflow": 1050, "postgres": 400, "redis": 140, "minio": 200, "minio-init": 200}
+SIZES = {
+    "airflow": 950,
+    "mlflow": 1050,
+    "serving": 800,
+    "postgres": 400,
+    "redis": 140,
+    "minio": 200,
+    "minio-init": 200,
+}
 
 
 def test_images_are_small(inspected: dict[str, dict[str, Any]]) -> None:

@@ -15,6 +15,8 @@ from tests.support import StackUnderTest
 
 DATABASES = ("airflow", "celery", "mlflow", "mlflow_auth")
 BUCKETS = {"mlflow": "mlflow", "airflow-logs": "airflow-logs", "pipelines": "pipelines"}
+READABLE = {"pipelines": {"predictions"}}
+"""Identity -> what it may read besides its own bucket."""
 
 
 def database(stack: StackUnderTest, role: str, name: str, password: str) -> None:
@@ -96,14 +98,21 @@ def test_the_queue_user_cannot_administer_redis(stack: StackUnderTest, command: 
 
 @pytest.mark.parametrize("identity", BUCKETS)
 def test_an_s3_identity_uses_its_own_bucket_only(stack: StackUnderTest, identity: str) -> None:
-    """Each identity lists its bucket; every other bucket, and a list of all, is denied."""
+    """Each identity lists its bucket; every other bucket, and a list of all, is denied. Tasks read the predictions
+    that were logged, and change none."""
     client = stack.s3(identity)
     client.list_objects_v2(Bucket=BUCKETS[identity], MaxKeys=1)
-    for other in set(BUCKETS.values()) - {BUCKETS[identity]}:
-        with pytest.raises(ClientError, match="AccessDenied"):
-            client.list_objects_v2(Bucket=other)
+    readable = READABLE.get(identity, set())
+    for other in {*BUCKETS.values(), "predictions"} - {BUCKETS[identity]}:
         with pytest.raises(ClientError, match="AccessDenied"):
             client.put_object(Bucket=other, Key="x", Body=b"x")
+        with pytest.raises(ClientError, match="AccessDenied"):
+            client.delete_object(Bucket=other, Key="x")
+        if other in readable:
+            client.list_objects_v2(Bucket=other, MaxKeys=1)
+            continue
+        with pytest.raises(ClientError, match="AccessDenied"):
+            client.list_objects_v2(Bucket=other)
         with pytest.raises(ClientError, match=r"AccessDenied|403|Forbidden"):
             client.get_object(Bucket=other, Key="x")
     with pytest.raises(ClientError, match="AccessDenied"):
@@ -123,6 +132,24 @@ def test_the_log_identity_cannot_delete(stack: StackUnderTest) -> None:
     """Tasks write logs and cannot remove them."""
     with pytest.raises(ClientError, match="AccessDenied"):
         stack.s3("airflow-logs").delete_object(Bucket="airflow-logs", Key="x")
+
+
+def test_the_predictions_identity_only_writes(stack: StackUnderTest) -> None:
+    """Serving lists, reads and deletes nothing, and knows no other bucket (what it adds to its own:
+    tests/e2e/test_serving.py)."""
+    client = stack.s3("serving")
+    for refused in (
+        lambda: client.get_object(Bucket="predictions", Key="x"),
+        lambda: client.delete_object(Bucket="predictions", Key="x"),
+        lambda: client.list_objects_v2(Bucket="predictions"),
+        lambda: client.create_bucket(Bucket="of-my-own"),
+        *(
+            lambda bucket=bucket: client.put_object(Bucket=bucket, Key="x", Body=b"x")  # type: ignore[misc]
+            for bucket in BUCKETS.values()
+        ),
+    ):
+        with pytest.raises(ClientError, match=r"AccessDenied|403|Forbidden"):
+            refused()
 
 
 def test_mlflow_asks_for_a_login(stack: StackUnderTest) -> None:
@@ -190,6 +217,28 @@ def other_addresses() -> list[str]:
     """This host's own addresses beyond loopback."""
     found = socket.getaddrinfo(socket.gethostname(), None, family=socket.AF_INET)
     return sorted({str(one[4][0]) for one in found if not str(one[4][0]).startswith("127.")})
+
+
+def test_serving_asks_for_its_token(stack: StackUnderTest) -> None:
+    """Serving, where it is on, answers nobody without the token; the right one is let in. No login opens it."""
+    if stack.settings.serving == "off":
+        pytest.skip("SERVING=off on this stack")
+    url = f"{stack.settings.serving_url}/metrics"
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert httpx.get(url, auth=(stack.settings.admin_user, stack.secret("admin_password"))).status_code == 401
+    assert httpx.get(url, headers={"Authorization": f"Bearer {stack.secret('serving_token')}"}).status_code == 200
+
+
+def test_servings_login_reads_models_and_nothing_else(stack: StackUnderTest) -> None:
+    """Not even what everybody may read in MLflow; a wrong password gets 401 as everybody's."""
+    base, auth = f"{stack.mlflow_url}/api/2.0/mlflow", ("serving", stack.secret("mlflow_serving_password"))
+    assert httpx.get(f"{base}/registered-models/search", auth=auth).status_code == 200
+    assert httpx.get(f"{base}/registered-models/search", auth=("serving", "wrong")).status_code == 401
+    for path in ("experiments/search?max_results=1", "users/list"):
+        assert httpx.get(f"{base}/{path}", auth=auth).status_code == 403, path
+    for path, body in (("experiments/create", {"name": "x"}), ("registered-models/create", {"name": "x"})):
+        assert httpx.post(f"{base}/{path}", json=body, auth=auth).status_code == 403, path
 
 
 def test_flower_asks_for_a_login(stack: StackUnderTest) -> None:

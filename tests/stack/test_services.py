@@ -188,3 +188,13 @@ def test_probes_can_fail(stack: StackUnderTest, service: str, words: list[str]) 
     """A probe that asks for something that is not so says so (the real outages: tests/lifecycle)."""
     said = stack.exec(service, *words)
     assert said.code != 0, said
+
+
+def test_the_probe_of_serving_can_fail(stack: StackUnderTest) -> None:
+    """It asks whether serving is alive, with or without a model; a question behind the token fails."""
+    if stack.settings.serving == "off":
+        pytest.skip("SERVING=off on this stack")
+    assert stack.exec("serving", "http-probe", "5002", "/health/live", '"status":"live"').code == 0
+    assert stack.exec("serving", "http-probe", "5002", "/health/live", '"status":"stalled"').code != 0
+    assert stack.exec("serving", "http-probe", "5002", "/schema").code != 0
+    assert stack.exec("serving", "http-probe", "5003", "/health/live").code != 0

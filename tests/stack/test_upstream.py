@@ -199,9 +199,11 @@ def test_mlflows_s3_store_asks_for_its_client_there(stack: StackUnderTest) -> No
         "assert callable(S3ArtifactRepository._get_s3_client)\n"
         "assert 'self._get_s3_client()' in inspect.getsource(S3ArtifactRepository.log_artifact)\n"
         "assert ProxiedS3ArtifactRepository('proxied-s3://mlflow')._s3._get_s3_client() is s3_client()\n"
+        "from mlstack_logins import OnlyModels\n"
         "from mlstack_server import Around, Fork, Inside, create_app\n"
         "middleware = [one.cls for one in create_app().user_middleware]\n"
-        "assert middleware[:2] == [Fork, Around] and middleware[-1] is Inside and len(middleware) > 4, middleware\n",
+        "assert middleware[:3] == [OnlyModels, Fork, Around], middleware\n"
+        "assert middleware[-1] is Inside and len(middleware) > 5, middleware\n",
         "mlflow",
     )
 

@@ -14,7 +14,7 @@ from stack import compose, dags, images, plan, secrets, settings
 from stack.instance import ROOT, Instance
 from stack.lifecycle import JOBS
 
-WEB = {"airflow-apiserver", "mlflow", "flower"}
+WEB = {"airflow-apiserver", "mlflow", "flower", "serving"}
 # Not the default, so that an address that somebody writes into a file is seen.
 ADDRESS = "127.0.0.2"
 # `docker compose config` fills in "service_started" where no condition is written: the files are read.
@@ -25,7 +25,7 @@ FILES = sorted(ROOT.glob("compose/*.yaml"))
 def merged(tmp_path_factory: pytest.TempPathFactory) -> compose.Compose:
     """All files, for an instance in a directory with a space, opt-in services included."""
     instance = Instance(tmp_path_factory.mktemp("an instance"))
-    chosen = settings.parse(f"FLOWER=on\nBIND_ADDRESS={ADDRESS}")
+    chosen = settings.parse(f"FLOWER=on\nSERVING=on\nBIND_ADDRESS={ADDRESS}")
     values = compose.environment(
         instance, chosen, plan.make_plan(plan.load_sizing(), 8192, 2), dict.fromkeys(images.IMAGES, "tag")
     )
@@ -47,7 +47,7 @@ def written(file: str, section: str) -> set[str]:
 @pytest.fixture(scope="session")
 def services(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = config["services"]
-    assert len(found) == 13
+    assert len(found) == 14
     return found
 
 
@@ -208,7 +208,7 @@ def test_environments_hold_paths_not_secrets(services: dict[str, dict[str, Any]]
     for name, service in services.items():
         mounted = {one["source"] for one in service.get("secrets", [])}
         for key, value in (service.get("environment") or {}).items():
-            if re.search(r"PASSWORD|SECRET|_KEY(_|$)|CONN|BROKER_URL|RESULT_BACKEND|STORE_URI|PASSPHRASE", key):
+            if re.search(r"PASSWORD|SECRET|_KEY(_|$)|CONN|TOKEN|BROKER_URL|RESULT_BACKEND|STORE_URI|PASSPHRASE", key):
                 if key in ("AWS_ACCESS_KEY_ID",):
                     continue
                 assert key.endswith("_FILE"), (name, key)

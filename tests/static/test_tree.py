@@ -61,7 +61,7 @@ def test_dockerfiles_pull_no_frontend() -> None:
 def test_locks_are_complete() -> None:
     """Each requirements file has a lock: its pins in it, every entry with a version and hashes."""
     sources = tracked("*requirements.in", "*uv.in")
-    assert len(sources) == 7
+    assert len(sources) == 8
     for source in sources:
         lock = (ROOT / source.replace(".in", ".lock")).read_text()
         entries = re.split(r"\n(?=[A-Za-z0-9])", lock.strip())
@@ -85,11 +85,28 @@ def test_versions_agree() -> None:
         return match[1]
 
     server = found(r"^mlflow==(\S+)", "dockerfiles/mlflow/requirements.in")
-    for client in ("dockerfiles/airflow/requirements.in", "tests/requirements.in", "dags/environments/xgboost.txt"):
+    for client in (
+        "dockerfiles/airflow/requirements.in",
+        "dockerfiles/serving/requirements.in",
+        "tests/requirements.in",
+    ):
         assert found(r"^mlflow-skinny==(\S+)", client) == server
+    assert found(r"^mlflow-skinny==(\S+)", "dags/environments/xgboost.txt") == server
     assert found(r"^ARG VERSION=(\S+)", "dockerfiles/postgres/Dockerfile") == found(
         r"^readonly major=(\S+)", "dockerfiles/postgres/postgres-server"
     )
+
+
+def test_models_are_served_with_what_they_were_made_with() -> None:
+    """What stores and loads a model has one version in both images: another one warns, or refuses."""
+
+    def locked(image: str) -> dict[str, str]:
+        text = (ROOT / f"dockerfiles/{image}/requirements.lock").read_text()
+        return dict(re.findall(r"^([A-Za-z][\w.-]*)==([^\s;]+)", text, re.MULTILINE))
+
+    made, served = locked("airflow"), locked("serving")
+    for package in ("scikit-learn", "skops", "pandas", "numpy", "scipy", "xgboost-cpu"):
+        assert served[package] == made[package], package
 
 
 MAKEFILE = (ROOT / "Makefile").read_text()

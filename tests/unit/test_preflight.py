@@ -73,8 +73,9 @@ def test_ports_of_our_own_containers_are_no_obstacle(listener: int, fake_docker:
 
 
 def test_ports_of_pages_that_are_off_do_not_count() -> None:
-    assert set(preflight.ports_of(settings.DEFAULTS)) == {"AIRFLOW_PORT", "MLFLOW_PORT"}
-    assert preflight.ports_of(settings.parse("FLOWER=on\nFLOWER_PORT=5556"))["FLOWER_PORT"] == 5556
+    assert set(settings.DEFAULTS.ports) == {"AIRFLOW_PORT", "MLFLOW_PORT"}
+    assert settings.parse("FLOWER=on\nFLOWER_PORT=5556").ports["FLOWER_PORT"] == 5556
+    assert settings.parse("SERVING=on\nSERVING_PORT=5003").ports["SERVING_PORT"] == 5003
 
 
 def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:

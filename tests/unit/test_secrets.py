@@ -119,3 +119,14 @@ def test_a_lost_secret_is_refused_only_where_there_is_data(made: Path) -> None:
         secrets.check(made, data_exists=True)
     assert refused.value.code == "E-SECRET-LOST"
     assert not (made / "fernet_key").exists()
+
+
+def test_a_stack_older_than_a_secret_gets_it(made: Path) -> None:
+    """Where nothing was written with it: only those, each by its name, and the others stay as they are."""
+    before = {path: path.read_bytes() for path in made.iterdir() if path.name not in secrets.RENEWABLE}
+    for name in secrets.RENEWABLE:
+        (made / name).unlink()
+    missing = secrets.check(made, data_exists=True)
+    assert set(missing) == secrets.RENEWABLE < set(secrets.PRIMARY)
+    assert set(secrets.ensure(made, DEFAULTS, missing)) == secrets.RENEWABLE
+    assert {path: path.read_bytes() for path in before} == before

@@ -56,6 +56,8 @@ def test_equal_ports_are_refused() -> None:
     assert "must differ" in refused("AIRFLOW_PORT=5000")
     assert "must differ" in refused("FLOWER=on\nFLOWER_PORT=8080")
     settings.parse("FLOWER=off\nFLOWER_PORT=8080")
+    assert "SERVING_PORT=5000" in refused("SERVING=on\nSERVING_PORT=5000")
+    settings.parse("SERVING=off\nSERVING_PORT=5000")
 
 
 def test_all_mistakes_are_told_at_once() -> None:
@@ -81,7 +83,7 @@ def test_quotes_and_spaces_around_values() -> None:
     assert settings.parse(" STACK_NAME = 'mine' ").stack_name == "mine"
 
 
-@pytest.mark.parametrize("line", ["FLOWER=yes", "FLOWER=true", "FLOWER=ON", "IMAGE_SOURCE=maybe", "INSTALL_ENGINE=1"])
+@pytest.mark.parametrize("line", ["FLOWER=yes", "SERVING=true", "FLOWER=ON", "IMAGE_SOURCE=maybe", "INSTALL_ENGINE=1"])
 def test_a_choice_is_one_of_its_words(line: str) -> None:
     """Nothing is guessed: a word that is not offered is refused, and the offered ones are told."""
     assert re.search(rf"{line}: Input should be '\w+' or '\w+'", refused(line))
@@ -92,7 +94,15 @@ def test_bad_cpus(value: str) -> None:
     assert f"STACK_CPUS={value}" in refused(f"STACK_CPUS={value}")
 
 
-@pytest.mark.parametrize("line", ["STACK_NAME=My Stack", "STACK_NAME=-x", "ADMIN_USER=a b", "IMAGE_PREFIX=Upper/x"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("STACK_NAME=My Stack", "STACK_NAME=-x", "ADMIN_USER=a b", "IMAGE_PREFIX=Upper/x"),
+        *("SERVING_MODEL=a/b", "SERVING_ALIAS=@champion"),
+        # The stack's own logins in MLflow: the first login would be theirs.
+        *("ADMIN_USER=serving", "ADMIN_USER=airflow"),
+    ],
+)
 def test_names_that_others_would_refuse_later(line: str) -> None:
     """What Compose, a URL or a registry cannot take is refused here, by its own line."""
     assert line in refused(line)

@@ -12,6 +12,8 @@ itself, and resolves the workspace itself. On its way there a request passes the
 does nothing but cost a third of a small request's CPU. Such requests go to Flask at once, through what looks
 at the host, the origin and the answer's headers, and their answers come back whole, not piece by piece
 between two threads.
+
+*Serving's login* is held to what it needs before all of that (mlstack_logins.py).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from mlflow.server.artifact_router import _get_artifact_repo, _get_workspace_sco
 from mlflow.server.handlers import _content_disposition_attachment
 from mlflow.utils.mime_type_utils import _guess_mime_type
 from mlflow.utils.uri import validate_path_is_safe
+from mlstack_logins import OnlyModels
 from starlette.middleware import Middleware
 from starlette.middleware.wsgi import build_environ
 from starlette.requests import Request
@@ -60,6 +63,7 @@ def create_app() -> FastAPI:
     app.user_middleware.insert(0, Middleware(Around))
     app.user_middleware.append(Middleware(Inside))
     app.user_middleware.insert(0, Middleware(Fork, flask=flask))
+    app.user_middleware.insert(0, Middleware(OnlyModels))
     return app
 
 

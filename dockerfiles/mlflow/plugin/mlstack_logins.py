@@ -1,0 +1,64 @@
+"""A login that reads registered models and does nothing else: that of serving.
+
+MLflow's permissions cannot say so. In this stack everybody may read everything (`default_permission = READ`), and
+whoever can log in can create experiments and models, which are theirs then. A DENY would stop that, but one for
+all experiments stops reading too, and none can be lifted for a single model.
+
+So its requests are held against a list before MLflow sees them. Everybody else's pass. What MLflow itself refuses,
+a wrong password first of all, it goes on to refuse.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+READERS = frozenset({b"serving"})
+READABLE = (
+    "/api/2.0/mlflow/registered-models/",
+    "/api/2.0/mlflow/model-versions/",
+    "/api/2.0/mlflow/logged-models/",
+    "/api/2.0/mlflow-artifacts/artifacts",
+    "/api/3.0/mlflow/server-info",
+)
+"""What MLflow's client asks for, with GET, on the way from an alias to a loaded model."""
+HEADERS = frozenset({b"authorization", b"x-mlflow-authorization"})
+
+
+class OnlyModels:
+    """Outermost: refuses what one of READERS asks beyond READABLE."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_reading(scope) or READERS.isdisjoint(users(scope)):
+            await self.app(scope, receive, send)
+            return
+        error = {"error_code": "PERMISSION_DENIED", "message": "this login reads registered models and nothing else"}
+        await JSONResponse(error, 403)(scope, receive, send)
+
+
+def is_reading(scope: Scope) -> bool:
+    """Whether a request reads of models."""
+    return bool(scope["method"] == "GET" and scope["path"].startswith(READABLE))
+
+
+def users(scope: Scope) -> set[bytes]:
+    """Everybody whom a request may be from.
+
+    MLflow's two applications read a header each in their own way: FastAPI's takes the first and its second word,
+    Flask's what follows the first space of all of them, joined. Whoever is found by any of these is meant.
+    """
+    values = [value for name, value in scope["headers"] if name in HEADERS]
+    texts = {text for value in (*values, b",".join(values)) for text in (*value.split()[1:], value.partition(b" ")[2])}
+    found = set()
+    for text in texts:
+        try:
+            found.add(base64.b64decode(text).partition(b":")[0])
+        except binascii.Error:
+            continue
+    return found

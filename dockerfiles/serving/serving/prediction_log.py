@@ -1,0 +1,142 @@
+"""What was answered, row by row, on its way to the store.
+
+A request only puts its rows into memory. A thread writes them as objects of JSON lines, every ten seconds or as
+soon as there are enough. While the store is away the rows wait; when there are too many the oldest go, and are
+counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 10.0
+BATCH = 1000
+"""Rows that are written at once, however little time has passed."""
+MOST = 10_000
+"""Rows that wait at the most."""
+LAST_WORDS_S = 15.0
+"""How long it goes on writing when the service stops."""
+
+Row = tuple[str, str, tuple[str, ...], tuple[Any, ...], Any]
+"""When, by which version, the columns, their values, the prediction."""
+
+
+class PredictionLog:
+    """Takes rows from any thread; `put(key, body)` writes an object, and raises where it cannot."""
+
+    def __init__(self, model: str, put: Callable[[str, bytes], None], most: int = MOST) -> None:
+        self.dropped = 0
+        self.written = 0
+        self._model = model
+        self._put = put
+        self._most = most
+        self._rows: collections.deque[Row] = collections.deque()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._away = False
+        self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
+
+    @property
+    def queued(self) -> int:
+        """Rows that wait."""
+        return len(self._rows)
+
+    def add(self, version: str, table: dict[str, list[Any]], predictions: list[Any]) -> None:
+        """Keeps the rows of an answer."""
+        at, names = datetime.now(timezone.utc).isoformat(timespec="microseconds"), tuple(table)
+        rows = zip(zip(*table.values(), strict=True), predictions, strict=True)
+        with self._lock:
+            self._rows.extend((at, version, names, values, told) for values, told in rows)
+            self._drop()
+            enough = len(self._rows) >= BATCH
+        if enough:
+            self._wake.set()
+
+    def start(self) -> None:
+        """Begins to write."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Writes what is left, for a while. What cannot be written is said, and lost."""
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join(LAST_WORDS_S + 5)
+        if self.queued:
+            log.error("%s predictions could not be written before the end, and are lost", self.queued)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            # With the store away, more rows are no reason to try at once.
+            (self._stopping if self._away else self._wake).wait(INTERVAL_S)
+            self._wake.clear()
+            self.write()
+        end = time.monotonic() + LAST_WORDS_S
+        while self.queued and time.monotonic() < end and self.write():
+            pass
+
+    def write(self) -> bool:
+        """Writes all that waits; whether the store took it."""
+        while batch := self._take():
+            key = f"{self._model}/{datetime.now(timezone.utc):%Y/%m/%d/%H%M%S}-{secrets.token_hex(4)}.jsonl"
+            try:
+                self._put(key, b"".join(_line(row) for row in batch))
+            except Exception as error:
+                if not self._away:
+                    log.warning("the store does not take the predictions; up to %s wait: %s", self._most, error)
+                self._away = True
+                self._give_back(batch)
+                return False
+            self.written += len(batch)
+            if self._away:
+                log.info("the store takes the predictions again")
+                self._away = False
+        return True
+
+    def _take(self) -> list[Row]:
+        with self._lock:
+            return [self._rows.popleft() for _ in range(min(BATCH, len(self._rows)))]
+
+    def _give_back(self, batch: list[Row]) -> None:
+        with self._lock:
+            self._rows.extendleft(reversed(batch))
+            self._drop()
+
+    def _drop(self) -> None:
+        """The oldest go. The lock is held."""
+        for _ in range(len(self._rows) - self._most):
+            self._rows.popleft()
+            self.dropped += 1
+
+
+def _line(row: Row) -> bytes:
+    at, version, names, values, told = row
+    inputs = dict(zip(names, (_plain(value) for value in values), strict=True))
+    line = {"at": at, "version": version, "inputs": inputs, "prediction": finite(told)}
+    return json.dumps(line, separators=(",", ":"), default=str).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    return value.hex() if isinstance(value, bytes) else finite(value)
+
+
+def finite(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return value

@@ -1,0 +1,209 @@
+"""Each gate of the shipped pipeline, closed: nothing behind it ran, and the champion is who it was."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from stack.airflow import Airflow
+from tests.e2e.conftest import AUTOMATIC, DAG_ID, MODEL, PATIENCE_S
+from tests.support import StackUnderTest, wait_until
+
+ORDER = ("ingest", "validate", "features", "train", "evaluate", "choose", "register", "approve", "promote")
+HEADER = "mean radius,mean texture,mean perimeter,mean area,mean smoothness,mean concavity,target\n"
+
+Play = Callable[[dict[str, Any]], tuple[str, str]]
+
+
+@pytest.fixture
+def champion(tracking: MlflowClient, finished: dict[str, Any]) -> Callable[[], str]:
+    """Who is champion now; there is one."""
+    assert finished["version"]
+    return lambda: str(tracking.get_model_version_by_alias(MODEL, "champion").version)
+
+
+def states(airflow: Airflow, run_id: str) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for one in airflow.task_instances(DAG_ID, run_id):
+        found.setdefault(one["task_id"], set()).add(str(one["state"]))
+    return found
+
+
+def closed_at(airflow: Airflow, run_id: str, gate: str) -> None:
+    """All before it succeeded, and it failed at its first attempt; nothing behind it ran."""
+    found = states(airflow, run_id)
+    place = ORDER.index(gate)
+    assert {name: found[name] for name in ORDER[:place]} == {name: {"success"} for name in ORDER[:place]}
+    tries = [one["try_number"] for one in airflow.task_instances(DAG_ID, run_id) if one["task_id"] == gate]
+    assert (found[gate], tries) == ({"failed"}, [1])
+    behind = (*ORDER[place + 1 :], "smoke_test", "announce")
+    assert {name: found[name] for name in behind} == {name: {"upstream_failed"} for name in behind}
+
+
+def test_damaged_data(airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]) -> None:
+    """Validation fails at once, and nothing is trained."""
+    before = champion()
+    run_id = airflow.trigger(DAG_ID, AUTOMATIC | {"damage_data": True})
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+    closed_at(airflow, run_id, "validate")
+    assert "25 values outside 5 to 40" in airflow.task_log(DAG_ID, run_id, "validate")
+    experiment = tracking.get_experiment_by_name(DAG_ID)
+    assert experiment is not None
+    query = f"tags.`airflow.run_id` = '{run_id}'"
+    assert not tracking.search_runs([experiment.experiment_id], filter_string=query)
+    assert champion() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "gate", "seen"),
+    [
+        ("no.csv", None, "ingest", "there is no s3://pipelines/inbox/no.csv"),
+        ("empty.csv", b"", "ingest", "is not a table"),
+        ("picture.parquet", b"\x89PNG and so on", "ingest", "is not a table"),
+        ("short.csv", (HEADER + "14,20,90,600,0.1,0.1,1\n" * 10).encode(), "validate", "10 rows, at least 200"),
+        ("words.csv", (HEADER + "big,20,90,600,0.1,0.1,1\n" * 300).encode(), "validate", "mean radius: not numeric"),
+        ("other.csv", b"a,b\n1,2\n" * 300, "validate", "columns missing: mean radius"),
+        ("large.csv", b"0" * 200_000_001, "ingest", "200,000,001 bytes, at most 200,000,000"),
+    ],
+)
+def test_a_table_of_ones_own_that_is_none(
+    stack: StackUnderTest,
+    airflow: Airflow,
+    champion: Callable[[], str],
+    name: str,
+    content: bytes | None,
+    gate: str,
+    seen: str,
+) -> None:
+    """Missing, empty, no table, too short, not numbers, other columns, too large: told, and nothing is trained."""
+    before, key = champion(), f"inbox/{name}"
+    store = stack.s3("pipelines")
+    if content is not None:
+        store.put_object(Bucket="pipelines", Key=key, Body=content)
+    try:
+        run_id = airflow.trigger(DAG_ID, AUTOMATIC | {"source": key})
+        assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+    finally:
+        store.delete_object(Bucket="pipelines", Key=key)
+    closed_at(airflow, run_id, gate)
+    assert seen in airflow.task_log(DAG_ID, run_id, gate)
+    assert champion() == before
+
+
+def test_a_table_of_ones_own(stack: StackUnderTest, airflow: Airflow, finished: dict[str, Any]) -> None:
+    """The example's rows as the user's own CSV: the same models come of them."""
+    store = stack.s3("pipelines")
+    raw = store.get_object(Bucket="pipelines", Key=f"{DAG_ID}/{finished['run_id']}/raw.csv")["Body"].read()
+    store.upload_fileobj(io.BytesIO(raw), "pipelines", "inbox/mine.csv")
+    run_id = airflow.trigger(DAG_ID, AUTOMATIC | {"source": "inbox/mine.csv"})
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "success"
+    best = airflow.xcom(DAG_ID, run_id, "promote")
+    assert best["metrics"]["roc_auc"] == pytest.approx(finished["metrics"]["roc_auc"])
+
+
+def test_a_threshold_that_is_missed(airflow: Airflow, champion: Callable[[], str]) -> None:
+    """The best of the three is not good enough: it is not registered."""
+    before = champion()
+    run_id = airflow.trigger(DAG_ID, AUTOMATIC | {"min_roc_auc": 1})
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+    closed_at(airflow, run_id, "choose")
+    assert "is not good enough" in airflow.task_log(DAG_ID, run_id, "choose")
+    assert champion() == before
+
+
+KNOWS_ALL = f"""
+import mlflow
+from mlflow.models import infer_signature
+from sklearn.datasets import load_breast_cancer
+from sklearn.neighbors import KNeighborsClassifier
+
+columns = {HEADER.strip().split(",")[:-1]!r}
+rows, target = load_breast_cancer(as_frame=True, return_X_y=True)
+rows = rows[columns]
+model = KNeighborsClassifier(1, algorithm="brute").fit(rows, target)
+mlflow.set_experiment("{DAG_ID}")
+with mlflow.start_run(run_name="knows-all"):
+    made = mlflow.sklearn.log_model(model, name="model", signature=infer_signature(rows, model.predict(rows)))
+version = mlflow.register_model(made.model_uri, "{MODEL}").version
+mlflow.MlflowClient().set_registered_model_alias("{MODEL}", "champion", version)
+print("version", version)
+"""
+
+
+def test_worse_than_the_champion(
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]
+) -> None:
+    """A champion that has every row by heart is not replaced by one that is good enough otherwise."""
+    before = champion()
+    made = stack.python("airflow-worker", KNOWS_ALL)
+    assert made.code == 0, made.output
+    try:
+        better = champion()
+        assert f"version {better}" in made.output.splitlines()
+        run_id = airflow.trigger(DAG_ID, AUTOMATIC)
+        assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+        closed_at(airflow, run_id, "choose")
+        assert "is not good enough" in airflow.task_log(DAG_ID, run_id, "choose")
+        assert champion() == better
+    finally:
+        tracking.set_registered_model_alias(MODEL, "champion", before)
+
+
+def answer(airflow: Airflow, run_id: str, option: str) -> None:
+    """Waits until the run asks, and answers."""
+
+    def asks() -> bool:
+        found = states(airflow, run_id)
+        assert "failed" not in set().union(*found.values()), found
+        return found.get("approve") == {"awaiting_input"}
+
+    wait_until(asks, PATIENCE_S, "the run asks for approval")
+    path = f"/dags/{DAG_ID}/dagRuns/{run_id}/taskInstances/approve/-1/hitlDetails"
+    airflow.call("PATCH", path, json={"chosen_options": [option]})
+
+
+def test_an_approval_that_is_refused(airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]) -> None:
+    """Nothing is deployed; the version stays a challenger, to be looked at."""
+    before = champion()
+    run_id = airflow.trigger(DAG_ID)
+    answer(airflow, run_id, "Reject")
+    assert airflow.follow(DAG_ID, run_id, patience=60) == "success"
+    found = states(airflow, run_id)
+    assert {name: found[name] for name in ("promote", "smoke_test", "announce", "restore")} == {
+        name: {"skipped"} for name in ("promote", "smoke_test", "announce", "restore")
+    }
+    assert champion() == before
+    refused = airflow.xcom(DAG_ID, run_id, "register")["version"]
+    assert tracking.get_model_version_by_alias(MODEL, "challenger").version == refused
+
+
+def test_an_approval_that_is_given(airflow: Airflow, champion: Callable[[], str]) -> None:
+    run_id = airflow.trigger(DAG_ID)
+    answer(airflow, run_id, "Approve")
+    assert airflow.follow(DAG_ID, run_id, patience=120) == "success"
+    assert champion() == airflow.xcom(DAG_ID, run_id, "register")["version"]
+
+
+def test_an_approval_that_never_comes(airflow: Airflow, champion: Callable[[], str]) -> None:
+    """The run fails there, and says so; nothing is deployed."""
+    before = champion()
+    run_id = airflow.trigger(DAG_ID, {"approval_minutes": 1})
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+    closed_at(airflow, run_id, "approve")
+    assert champion() == before
+
+
+def test_a_smoke_test_that_fails(airflow: Airflow, champion: Callable[[], str]) -> None:
+    """The alias goes back to the version that had it, and the run fails."""
+    before = champion()
+    run_id = airflow.trigger(DAG_ID, AUTOMATIC | {"fail_smoke_test": True})
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+    found = states(airflow, run_id)
+    assert found["promote"] == {"success"}
+    assert found["smoke_test"] == found["restore"] == {"failed"}
+    assert f"champion is version {before} again" in airflow.task_log(DAG_ID, run_id, "restore")
+    assert champion() == before

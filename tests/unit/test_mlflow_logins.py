@@ -1,0 +1,88 @@
+"""Serving's login is held to reading models, however a request names it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+
+import pytest
+from mlstack_logins import OnlyModels
+
+
+def basic(user: str) -> bytes:
+    return base64.b64encode(f"{user}:a-password".encode())
+
+
+def status(method: str, path: str, *headers: tuple[bytes, bytes]) -> int:
+    """What a request is answered with; 200 where it got through to MLflow."""
+    sent: list[Any] = []
+
+    async def mlflow(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
+    asyncio.run(OnlyModels(mlflow)(scope, receive, send))
+    return int(sent[0]["status"])
+
+
+SERVING = (b"authorization", b"Basic " + basic("serving"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/2.0/mlflow/registered-models/alias",
+        "/api/2.0/mlflow/model-versions/get-download-uri",
+        "/api/2.0/mlflow/logged-models/m-1",
+        "/api/2.0/mlflow-artifacts/artifacts",
+        "/api/2.0/mlflow-artifacts/artifacts/1/models/m-1/artifacts/MLmodel",
+        "/api/3.0/mlflow/server-info",
+    ],
+)
+def test_it_reads_models_and_changes_none(path: str) -> None:
+    assert status("GET", path, SERVING) == 200
+    for method in ("POST", "PUT", "PATCH", "DELETE", "HEAD"):
+        assert status(method, path, SERVING) == 403, method
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "/graphql", "/gateway/x/invocations", "/v1/traces", "/get-artifact"),
+        *(
+            "/api/2.0/mlflow/experiments/search",
+            "/api/2.0/mlflow/runs/get",
+            "/ajax-api/2.0/mlflow/registered-models/get",
+        ),
+        *("/api/2.0/mlflow/users/create", "/api/2.0/mlflow/registered-models"),
+    ],
+)
+def test_it_does_nothing_else(path: str) -> None:
+    for method in ("GET", "POST"):
+        assert status(method, path, SERVING) == 403, method
+        assert status(method, path, (b"authorization", b"Basic " + basic("airflow"))) == 200
+        assert status(method, path) == 200
+        assert status(method, path, (b"authorization", b"Basic !"), (b"x-other", SERVING[1])) == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"authorization", b"basic  " + basic("serving"))],
+        [(b"authorization", b"Basic\t" + basic("serving"))],
+        [(b"authorization", b"Basic " + basic("serving")[:8] + b"," + basic("serving")[8:])],
+        [(b"authorization", b"Basic " + basic("airflow")), SERVING],
+        [SERVING, (b"authorization", b"Basic " + basic("airflow"))],
+        [(b"x-mlflow-authorization", SERVING[1])],
+    ],
+)
+def test_no_way_of_writing_it_gets_around(headers: list[tuple[bytes, bytes]]) -> None:
+    """What one of MLflow's two applications reads as this login is held to be it."""
+    assert status("POST", "/api/2.0/mlflow/experiments/create", *headers) == 403

@@ -44,7 +44,7 @@ def uses_environment() -> None:
             mlflow.log_params({"n_estimators": 20, "max_depth": 3})
             mlflow.log_metric("accuracy", float(model.score(features, target)))
             # Named, because finding them out takes another process with all of these libraries.
-            logged = mlflow.xgboost.log_model(model, name="model", pip_requirements=["xgboost-cpu==3.0.5"])
+            logged = mlflow.xgboost.log_model(model, name="model", pip_requirements=["xgboost-cpu==3.2.0"])
         return {
             "prefix": sys.prefix,
             "version": xgboost.__version__,

@@ -14,7 +14,7 @@ from tests.support import StackUnderTest, dag_file
 DAG_ID = "uses_environment"
 WORKER = "airflow-worker"
 FOLDER = "/opt/environments/xgboost"
-VERSION = "3.0.5"
+VERSION = "3.2.0"
 
 
 def test_it_has_what_it_asks_for_and_nothing_of_airflows(stack: StackUnderTest) -> None:

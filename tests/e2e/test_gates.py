@@ -181,11 +181,13 @@ def test_an_approval_that_is_refused(airflow: Airflow, tracking: MlflowClient, c
     assert tracking.get_model_version_by_alias(MODEL, "challenger").version == refused
 
 
-def test_an_approval_that_is_given(airflow: Airflow, champion: Callable[[], str]) -> None:
+def test_an_approval_that_is_given(airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]) -> None:
+    """The challenger becomes champion, and there is no challenger any more."""
     run_id = airflow.trigger(DAG_ID)
     answer(airflow, run_id, "Approve")
     assert airflow.follow(DAG_ID, run_id, patience=120) == "success"
     assert champion() == airflow.xcom(DAG_ID, run_id, "register")["version"]
+    assert "challenger" not in tracking.get_registered_model(MODEL).aliases
 
 
 def test_an_approval_that_never_comes(airflow: Airflow, champion: Callable[[], str]) -> None:

@@ -55,13 +55,14 @@ def test_all_candidates_are_in_mlflow(tracking: MlflowClient, finished: dict[str
     assert losses[-1].value < losses[0].value
 
 
-def test_the_better_model_is_registered(tracking: MlflowClient, finished: dict[str, Any]) -> None:
-    """The alias points at the version that this run registered, whose metrics are the best."""
-    champion = tracking.get_model_version_by_alias(MODEL, "champion")
-    assert champion.version == finished["version"]
-    metrics = tracking.get_run(champion.run_id).data.metrics
+def test_the_best_model_is_registered(tracking: MlflowClient, finished: dict[str, Any]) -> None:
+    """The version that this run promoted has the best candidate's metrics, and says which Airflow run made it."""
+    version = tracking.get_model_version(MODEL, finished["version"])
+    metrics = tracking.get_run(version.run_id).data.metrics
     assert metrics["roc_auc"] == pytest.approx(finished["metrics"]["roc_auc"])
-    assert "challenger" not in tracking.get_registered_model(MODEL).aliases
+    assert version.tags["airflow.run_id"] == finished["run_id"]
+    assert version.tags["airflow.url"].endswith(f"/dags/{DAG_ID}/runs/{finished['run_id']}")
+    assert "previous_champion" in version.tags
 
 
 def test_artifacts_are_in_minio(stack: StackUnderTest, tracking: MlflowClient, finished: dict[str, Any]) -> None:

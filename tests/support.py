@@ -172,8 +172,10 @@ def dag_file(stack: StackUnderTest, path: str) -> Iterator[None]:
     """A file of this repository is among the stack's DAGs, for a while."""
     target = stack.clone / "dags" / Path(path).name
     shutil.copy(ROOT / path, target)
-    yield
-    target.unlink()
+    try:
+        yield
+    finally:
+        target.unlink()
 
 
 def run(*words: str, timeout: float = 120) -> Run:

@@ -487,7 +487,7 @@ def train_model() -> None:
 
 
 def ask_champion(rows: pd.DataFrame, version: str) -> list[Any]:
-    """The champion's answers: over HTTP where the service `serving` runs, else from the model that the alias names.
+    """The champion's answers: over HTTP where `serving` serves it, else from the model that the alias names.
 
     Raises AirflowFailException where it is not that version which answers.
     """
@@ -497,7 +497,7 @@ def ask_champion(rows: pd.DataFrame, version: str) -> list[Any]:
     from airflow.sdk.exceptions import AirflowFailException
 
     url = os.environ.get("SERVING_URL")
-    if not url:
+    if not url or (os.environ["SERVING_MODEL"], os.environ["SERVING_ALIAS"]) != (MODEL_NAME, CHAMPION):
         found = champion_version()
         if found is None or found.version != version:
             raise AirflowFailException(f"the alias {CHAMPION} does not name version {version}")

@@ -13,6 +13,8 @@ does nothing but cost a third of a small request's CPU. Such requests go to Flas
 at the host, the origin and the answer's headers, and their answers come back whole, not piece by piece
 between two threads.
 
+*JSON* is made in one pass (mlstack_json.py).
+
 *Serving's login* is held to what it needs before all of that (mlstack_logins.py).
 """
 
@@ -23,6 +25,7 @@ import json
 import re
 from typing import Any
 
+import mlstack_json
 from anyio import to_thread
 from fastapi import FastAPI
 from mlflow.exceptions import MlflowException
@@ -56,6 +59,7 @@ UP, DOWN = "mlstack.up", "mlstack.down"
 def create_app() -> FastAPI:
     """MLflow's application with logins, and ours in front of its artifact routes and of Flask."""
     gc.set_threshold(ALLOCATIONS)
+    mlstack_json.install()
     app = auth.create_app()
     flask = straight_to_flask(app)
     for prefix in PREFIXES:

@@ -27,7 +27,7 @@ import psycopg2
 
 from bench import report, workloads
 from bench.report import Measured, Workload
-from bench.systems import WORK, DefaultMlflow, OfficialAirflow, Ours, Side, fresh_dags
+from bench.systems import WORK, DefaultMlflow, OfficialAirflow, Ours, Side, fresh_dags, settled
 from bench.tracking import Store, Tracking
 from bench.workloads import MIB, Measure, Sample
 from stack.airflow import Airflow
@@ -192,14 +192,16 @@ class Bench:
             cursor.execute("CREATE SCHEMA IF NOT EXISTS peer")
         with step("peer: MLflow"):
             peer.up()
+            if not self.quick:
+                settled(peer.project)
         servers = {
             "ours": Tracking(
-                ours.mlflow_url,
+                ours.address("mlflow"),
                 ("admin", ours.secret("admin_password")),
                 lambda now: now.by_service["mlflow"][1],
                 ours.project,
             ),
-            "peer": Tracking(peer.mlflow_url, None, lambda now: now.memory, peer.project),
+            "peer": Tracking(peer.address("mlflow"), None, lambda now: now.memory, peer.project),
         }
         if WHOLE_STACK & set(self.measured):
             self._peer_mlflow_idle = servers["peer"].memory()
@@ -207,7 +209,7 @@ class Bench:
         for side, server in servers.items():
             self._take(side, "create_run", partial(server.create_run, few))
             self._take(side, "log_batch", partial(server.log_batch, few))
-            self._take(side, "search", partial(server.search, few // 10))
+            self._take(side, "search", partial(server.search, few // 2))
             self._take(side, "mlflow_memory", server.memory_after)
         self._artifacts({**servers, "floor": Store(ours.address("minio"), ours.secret("mlflow_s3_secret"))})
 

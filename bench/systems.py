@@ -20,6 +20,7 @@ import httpx
 from stack import compose
 from stack.airflow import Airflow
 from stack.compose import Compose
+from stack.errors import Exit, StackError
 from stack.instance import ROOT, VAR, Instance
 from stack.process import capture
 
@@ -28,6 +29,8 @@ WORK = VAR / "bench"
 DAGS = WORK / "dags"
 OURS, PEER, PEER_MLFLOW = "mlstack-bench", "mlstack-bench-peer", "mlstack-bench-peer-mlflow"
 START_S, STOP_S = 900, 300
+QUIET, QUIET_FOR_S = 0.1, 5
+"""Cores that something which is healthy and idle stays below, and for how long."""
 SECRET = "benchmark"
 """The peer's passwords. It lives for minutes, on loopback."""
 
@@ -82,6 +85,26 @@ def usage(*projects: str) -> Usage:
     return Usage(sum(cpu for cpu, _ in found.values()), sum(memory for _, memory in found.values()), found)
 
 
+def settled(project: str) -> None:
+    """Returns when a project's containers are quiet: what is healthy may still be starting, and take from what is
+    measured beside it. Raises StackError after START_S."""
+    deadline = time.monotonic() + START_S
+    before = usage(project).cpu_s
+    while time.monotonic() < deadline:
+        time.sleep(QUIET_FOR_S)
+        after = usage(project).cpu_s
+        if after - before < QUIET * QUIET_FOR_S:
+            return
+        before = after
+    raise StackError(
+        "E-BENCH",
+        f"{project} still takes more than {QUIET} of a core after {START_S} s",
+        why="what is measured beside it would be slower for it",
+        fix="`docker stats` names the container",
+        exit_code=Exit.TIMED_OUT,
+    )
+
+
 class Side:
     """One of the two: how it starts and stops, and where its API is."""
 
@@ -103,6 +126,13 @@ class Side:
     def airflow(self) -> Airflow:
         """Its API, with a login."""
         raise NotImplementedError
+
+    def address(self, service: str) -> str:
+        """A container's address on our back-end network: from the host the object store is reached only there, and
+        what is compared with it is reached likewise, not through the engine's proxy of a published port."""
+        (name,) = [one.name for one in compose.containers(self.project) if one.service == service]
+        network = f'{{{{(index .NetworkSettings.Networks "{OURS}_backend").IPAddress}}}}'
+        return capture(["docker", "inspect", "--format", network, name], timeout=30).out.strip()
 
 
 class Ours(Side):
@@ -156,21 +186,6 @@ class Ours(Side):
     def compose(self) -> Compose:
         """Its containers."""
         return Compose(self.instance)
-
-    @property
-    def mlflow_url(self) -> str:
-        """Where MLflow listens."""
-        return f"http://localhost:{self.ports[1]}"
-
-    def address(self, service: str) -> str:
-        """A container's address on the back-end network, which the host itself reaches."""
-        words = [
-            "docker",
-            "inspect",
-            "--format",
-            f'{{{{(index .NetworkSettings.Networks "{OURS}_backend").IPAddress}}}}',
-        ]
-        return capture([*words, self.compose.container(service).name], timeout=30).out.strip()
 
 
 class Composed(Side):
@@ -226,8 +241,3 @@ class DefaultMlflow(Composed):
             "BENCH_BACKEND_URL": self.ours.secret("mlflow_backend_url") + "?options=-csearch_path%3Dpeer",
             "BENCH_S3_SECRET": self.ours.secret("mlflow_s3_secret"),
         }
-
-    @property
-    def mlflow_url(self) -> str:
-        """Where it listens."""
-        return f"http://localhost:{self.port}"

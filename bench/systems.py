@@ -195,7 +195,6 @@ class Composed(Side):
 
     def __init__(self, ours: Ours) -> None:
         self.ours = ours
-        self.port = free_port()
 
     def variables(self) -> dict[str, str]:
         """What its Compose file refers to."""
@@ -222,6 +221,10 @@ class OfficialAirflow(Composed):
 
     name, project, file = "peer", PEER, "airflow.yaml"
 
+    def __init__(self, ours: Ours) -> None:
+        super().__init__(ours)
+        self.port = free_port()
+
     def variables(self) -> dict[str, str]:
         return {"BENCH_PEER": PEER, "BENCH_PEER_SECRET": SECRET, "BENCH_PEER_PORT": str(self.port)}
 
@@ -237,7 +240,6 @@ class DefaultMlflow(Composed):
     def variables(self) -> dict[str, str]:
         return {
             "BENCH_PEER_MLFLOW": PEER_MLFLOW,
-            "BENCH_PEER_MLFLOW_PORT": str(self.port),
             "BENCH_BACKEND_URL": self.ours.secret("mlflow_backend_url") + "?options=-csearch_path%3Dpeer",
             "BENCH_S3_SECRET": self.ours.secret("mlflow_s3_secret"),
         }

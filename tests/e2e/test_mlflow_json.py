@@ -16,9 +16,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from mlflow.protos import model_registry_pb2, service_pb2
 from mlflow.server import auth, handlers
 from mlflow.utils.proto_json_utils import message_to_json as theirs
-from mlflow.utils.proto_json_utils import parse_dict
 import mlstack_json
-import mlstack_server
 
 NUMBERS = [0, 1, -1, 2**53 + 1, 2**62 + 1, -(2**63)]
 FLOATS = [0.1, float("nan"), float("inf"), float("-inf"), 1e-300, -0.0]

@@ -51,7 +51,7 @@ def environment(instance: Instance, settings: Settings, plan: Plan, tags: Mappin
         "COMPOSE_PROJECT_NAME": settings.stack_name,
         "COMPOSE_FILE": ":".join(str(ROOT / name) for name in files(settings)),
         "COMPOSE_PATH_SEPARATOR": ":",
-        "COMPOSE_PROFILES": ",".join(name for name in ("flower", "serving") if getattr(settings, name) == "on"),
+        "COMPOSE_PROFILES": ",".join(settings.opted),
         "STACK_NAME": settings.stack_name,
         "RETRY_WITH_MORE_MEMORY": settings.retry_with_more_memory,
         "SECRETS_DIR": str(instance.secrets),

@@ -7,6 +7,7 @@ services cannot use goes to the others. No engine, no files but config/sizing.ya
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class Sizing(_Model):
 
     reserve: Reserve
     services: dict[str, ServiceSizing]
+    opt_in: dict[str, ServiceSizing]
     worker: WorkerSizing
     apiserver: WebSizing
     mlflow: WebSizing
@@ -74,6 +76,10 @@ class Sizing(_Model):
     def floor(self) -> int:
         """MiB that the stack needs at the least, the host's reserve not counted."""
         return sum(service.floor for service in self.services.values())
+
+    def with_opted(self, names: Collection[str]) -> Sizing:
+        """The same with these opt-in services among the others."""
+        return self.model_copy(update={"services": self.services | {name: self.opt_in[name] for name in names}})
 
 
 class Limit(_Model):
@@ -92,6 +98,8 @@ class Plan(_Model):
     """MiB that all limits together may reach."""
     cpus: float
     limits: dict[str, Limit]
+    off: dict[str, Limit]
+    """Of opt-in services that are off: not in the sum, and known to the Compose files all the same."""
     worker_slots: int
     task_budget: int
     """MiB that a task gets which asks for nothing."""
@@ -110,7 +118,7 @@ class Plan(_Model):
     def environment(self) -> dict[str, str]:
         """The plan as variables for the Compose files."""
         values = {}
-        for name, limit in self.limits.items():
+        for name, limit in (self.limits | self.off).items():
             values[f"{name.upper()}_MEMORY"] = f"{limit.limit}m"
             values[f"{name.upper()}_RESERVATION"] = f"{limit.reservation}m"
         postgres, redis, minio = (self.limits[name].limit for name in ("postgres", "redis", "minio"))
@@ -146,14 +154,17 @@ def make_plan(
     whole: bool = False,
     worker: int | None = None,
     task: int | None = None,
+    opted: Collection[str] = (),
 ) -> Plan:
-    """The plan for `memory` MiB and `cpus` CPUs.
+    """The plan for `memory` MiB and `cpus` CPUs, with the opt-in services that are on.
 
     With `whole` the memory is already the stack's own (STACK_MEMORY): nothing is kept back for the
     host. `worker` and `task` are the operator's own figures in MiB for the worker's limit and for
     each task. Raises StackError: E-MEM-LOW with the figure that is missing when the floors do not
     fit, E-MEM-WORKER and E-MEM-TASK when the operator's figures do not.
     """
+    off = {name: service for name, service in sizing.opt_in.items() if name not in opted}
+    sizing = sizing.with_opted(opted)
     kept = 0 if whole else max(sizing.reserve.floor, math.ceil(memory * sizing.reserve.fraction))
     budget = memory - kept
     if budget < sizing.floor:
@@ -163,11 +174,13 @@ def make_plan(
             else math.ceil(max(sizing.floor + sizing.reserve.floor, sizing.floor / (1 - sizing.reserve.fraction)))
         )
         source = "STACK_MEMORY is" if whole else "this host has"
+        ways = ["raise STACK_MEMORY in stack.env" if whole else "give the host (or the Docker VM) more memory"]
+        ways += [f"set {name.upper()}=off ({sizing.opt_in[name].floor} MiB)" for name in opted]
         raise StackError(
             "E-MEM-LOW",
             f"{source} {memory / 1024:.1f} GiB; the stack needs {math.ceil(needed / 102.4) / 10:.1f} GiB",
             why="with less, the kernel would kill services under load: that is the WorkerLostError of the tutorials",
-            fix="raise STACK_MEMORY in stack.env" if whole else "give the host (or the Docker VM) more memory",
+            fix=" or ".join(ways),
         )
     if worker is not None:
         sizing = _with_worker(sizing, worker, budget)
@@ -179,10 +192,8 @@ def make_plan(
         memory=memory,
         budget=budget,
         cpus=cpus,
-        limits={
-            name: Limit(limit=limit, reservation=int(limit * sizing.services[name].reserve))
-            for name, limit in limits.items()
-        },
+        limits={name: _limit(sizing.services[name], limit) for name, limit in limits.items()},
+        off={name: _limit(service, service.floor) for name, service in off.items()},
         worker_slots=slots,
         task_budget=task_budget,
         task_capacity=capacity,
@@ -195,6 +206,10 @@ def make_plan(
         # psql sessions of an operator.
         postgres_connections=30 + slots + 15 * (3 + apiserver_workers) + 2 * 15 * mlflow_workers,
     )
+
+
+def _limit(service: ServiceSizing, limit: int) -> Limit:
+    return Limit(limit=limit, reservation=int(limit * service.reserve))
 
 
 def _with_worker(sizing: Sizing, limit: int, budget: int) -> Sizing:

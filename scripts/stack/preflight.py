@@ -33,8 +33,9 @@ def plan_for(host: Host, settings: Settings, engine: Engine | None = None) -> Pl
     cpus = settings.stack_cpus or (min(host.cpus, engine.cpus) if engine else host.cpus)
     available = min(host.memory, engine.memory) if engine and engine.memory else host.memory
     worker, task = (size and size // 2**20 for size in (settings.worker_memory, settings.task_memory))
+    opted = settings.opted
     if settings.stack_memory is None:
-        return make_plan(load_sizing(), available, cpus, worker=worker, task=task)
+        return make_plan(load_sizing(), available, cpus, worker=worker, task=task, opted=opted)
     wanted = settings.stack_memory // 2**20
     if wanted > available:
         raise StackError(
@@ -43,7 +44,7 @@ def plan_for(host: Host, settings: Settings, engine: Engine | None = None) -> Pl
             why="the sum of all limits would exceed the host's memory, and the kernel would choose what dies",
             fix="lower STACK_MEMORY in stack.env, or leave it empty",
         )
-    return make_plan(load_sizing(), wanted, cpus, whole=True, worker=worker, task=task)
+    return make_plan(load_sizing(), wanted, cpus, whole=True, worker=worker, task=task, opted=opted)
 
 
 def before_engine(host: Host, settings: Settings, instance: Instance) -> list[StackError]:

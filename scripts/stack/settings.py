@@ -239,6 +239,11 @@ class Settings(BaseModel):
         return f"http://localhost:{self.serving_port}"
 
     @property
+    def opted(self) -> tuple[str, ...]:
+        """The opt-in services that are on: names of Compose profiles, and of what the memory plan counts for them."""
+        return tuple(name for name, state in (("flower", self.flower), ("serving", self.serving)) if state == "on")
+
+    @property
     def ports(self) -> dict[str, int]:
         """Key -> port of every page and API that is published."""
         found = {"AIRFLOW_PORT": self.airflow_port, "MLFLOW_PORT": self.mlflow_port}

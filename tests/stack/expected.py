@@ -153,7 +153,7 @@ FLOWER = Expected(
     _set("backend frontend"),
     _set("broker_url celery_result_url flower_basic_auth"),
     {"/opt/airflow/airflow.cfg": False},
-    "320m",
+    "FLOWER_MEMORY",
     port="flower_port",
 )
 
@@ -186,7 +186,7 @@ SERVING = Expected(
     _set("backend frontend"),
     _set("mlflow_serving_password serving_s3_secret serving_token"),
     {},
-    "512m",
+    "SERVING_MEMORY",
     port="serving_port",
 )
 

@@ -105,7 +105,7 @@ def test_limits(stack: StackUnderTest, inspected: dict[str, dict[str, Any]], exp
         assert settings["MemorySwap"] in (limit, -1), service
         assert 0 < settings["MemoryReservation"] < limit, service
         assert 0 < settings["PidsLimit"] <= 4096, service
-        total += 0 if want.job or service in OPT_IN else limit
+        total += 0 if want.job else limit
     if stack.settings.stack_memory:
         assert total <= stack.settings.stack_memory
 

@@ -111,6 +111,30 @@ def test_every_limit_reaches_compose(memory: int, cpus: float) -> None:
     assert int(values["MINIO_GOMEMLIMIT"].removesuffix("MiB")) < made.limits["minio"].limit
 
 
+@given(memories, cpu_counts, st.sets(st.sampled_from(sorted(SIZING.opt_in))))
+def test_opt_in_services_are_in_the_sum(memory: int, cpus: float, opted: set[str]) -> None:
+    """What is on gets its size within the same budget; what is off is known to Compose, and takes nothing."""
+    extra = sum(SIZING.opt_in[name].floor for name in opted)
+    without = plan.make_plan(SIZING, memory, cpus)
+    made = plan.make_plan(SIZING, memory + 2 * extra, cpus, opted=opted)
+    assert made.total <= made.budget
+    assert set(made.limits) == set(SIZING.services) | opted
+    for name, service in SIZING.opt_in.items():
+        assert made.environment()[f"{name.upper()}_MEMORY"] == f"{service.floor}m"
+    assert made.total >= without.total
+    same = plan.make_plan(SIZING, memory + 2 * extra, cpus)
+    assert same.limits["worker"].limit >= made.limits["worker"].limit
+
+
+def test_an_opt_in_service_for_which_there_is_no_room() -> None:
+    """The smallest host cannot have it, and is told how much it takes."""
+    plan.make_plan(SIZING, SMALLEST, 2)
+    with pytest.raises(StackError, match="the stack needs") as refused:
+        plan.make_plan(SIZING, SMALLEST, 2, opted={"serving"})
+    assert refused.value.code == "E-MEM-LOW"
+    assert "SERVING" in str(refused.value)
+
+
 def test_the_figure_that_a_refusal_names_is_enough() -> None:
     """Whoever gives what the message asks for is let in, however the floors round."""
     for more in range(0, 1024, 37):

@@ -70,7 +70,7 @@ lock: venv ## Resolve the requirements again and write the lock files
 	@$(PYTHON) scripts/lock.py
 
 ##@ Prove
-verify: test-venv ## Check the running stack, read-only, in under a minute
+verify: test-venv ## Check the running stack, read-only, in about two minutes
 	@$(PYTHON) -m pytest tests/stack --running -q
 test: test-venv ## Everything: static, unit, and a throwaway stack beside the running one
 	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest

@@ -11,8 +11,10 @@ when `drift_watch` says that the data has changed.
 - **Your own data**: upload a CSV or Parquet file to the bucket `pipelines` and name its key as `source`.
 - **Approval**: open the task `approve` of the run (or *Required actions* on Airflow's home page). Nobody
   answers in time: the run fails there, and nothing is deployed. `approval: automatic` asks nobody.
-- **From here to MLflow and back**: each run's link is in the log of `train`; in MLflow a run's description
-  links to the Airflow run.
+- **From here to MLflow and back**: each run's link is in the log and the XCom of `train`, the promoted one's in the
+  event of the asset `deployed`; in MLflow a run's description links to the Airflow run.
+- **MLflow or the object store is away for a while**: a task waits for MLflow, or is tried again. A run of MLflow whose
+  task lost it is ended by the next try; a version is registered once.
 """
 
 from __future__ import annotations
@@ -231,9 +233,15 @@ def airflow_link() -> str:
     return f"{os.environ['AIRFLOW_UI_URL']}/dags/{context['dag'].dag_id}/runs/{context['run_id']}"
 
 
-def mlflow_link(result: dict[str, Any]) -> str:
-    """A run's page in MLflow."""
-    return f"{os.environ['MLFLOW_UI_URL']}/#/experiments/{result['experiment_id']}/runs/{result['run_id']}"
+def end_former_tries(experiment_id: str, name: str) -> None:
+    """Ends this candidate's runs of former tries: one that lost MLflow could not, and would be running for ever."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    query = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
+    query += f" and tags.`airflow.run_id` = '{get_current_context()['run_id']}'"
+    for run in client.search_runs([experiment_id], filter_string=query):
+        client.set_terminated(run.info.run_id, "KILLED")
 
 
 def champion_version() -> Any:
@@ -331,9 +339,12 @@ def train_model() -> None:
         context["candidate_name"] = candidate["name"]
         frame = read_csv(keys["train"])
         rows, target = frame.drop(columns=TARGET), frame[TARGET]
-        mlflow.set_experiment(EXPERIMENT)
-        with mlflow.start_run(run_name=candidate["name"], description=f"[Airflow run]({airflow_link()})") as run:
-            mlflow.set_tags({"airflow.dag_id": EXPERIMENT, "airflow.run_id": context["run_id"]})
+        end_former_tries(mlflow.set_experiment(EXPERIMENT).experiment_id, candidate["name"])
+        with mlflow.start_run(
+            run_name=candidate["name"],
+            description=f"[Airflow run]({airflow_link()})",
+            tags={"airflow.dag_id": EXPERIMENT, "airflow.run_id": context["run_id"]},
+        ) as run:
             mlflow.log_params(candidate)
             mlflow.log_param("data", f"s3://{BUCKET}/{keys['train']}")
             model = build_model(candidate).fit(rows, target)
@@ -350,8 +361,9 @@ def train_model() -> None:
             "run_id": run.info.run_id,
             "experiment_id": run.info.experiment_id,
             "model_uri": model_uri,
+            "url": f"{os.environ['MLFLOW_UI_URL']}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}",
         }
-        print(mlflow_link(result))
+        print(result["url"])
         return result
 
     @task(map_index_template="{{ candidate_name }}", resources={"ram": 512})
@@ -410,7 +422,7 @@ def train_model() -> None:
         ]
         client.set_registered_model_alias(MODEL_NAME, CHALLENGER, version.version)
         print(f"models:/{MODEL_NAME}@{CHALLENGER} is now version {version.version}: {best['name']}")
-        return {"model": MODEL_NAME, "version": version.version, "url": mlflow_link(best), **best}
+        return {"model": MODEL_NAME, "version": version.version, **best}
 
     approve = Approval(
         task_id="approve",
@@ -458,6 +470,8 @@ def train_model() -> None:
     def announce(deployed: dict[str, Any]) -> None:
         """The end of a run that did what it was for: updates the asset, on which DAGs of your own can be scheduled."""
         print(f"{deployed['model']} version {deployed['version']} is deployed: {deployed['url']}")
+        event = {"version": deployed["version"], "mlflow": deployed["url"]}
+        get_current_context()["outlet_events"][DEPLOYED].extra.update(event)
 
     @task(trigger_rule=TriggerRule.ONE_FAILED)
     def restore(deployed: dict[str, Any] | None) -> None:

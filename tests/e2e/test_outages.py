@@ -1,0 +1,110 @@
+"""MLflow, or the object store, goes away in the middle of a pipeline's run: the run goes on once it is back, and
+what it registers is whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from stack.airflow import FINISHED, Airflow
+from tests.e2e.conftest import AUTOMATIC, DAG_ID, MODEL, PATIENCE_S
+from tests.support import StackUnderTest, run, wait_until
+
+MEETS_IT_S = 120
+"""Until a task notices: boto3 tries for some seconds before the task fails, MLflow's client says each of its tries."""
+
+
+@contextlib.contextmanager
+def away(stack: StackUnderTest, service: str) -> Iterator[None]:
+    """The service is killed, and started again at the end."""
+    name = stack.container(service)
+    assert run("docker", "kill", name).code == 0
+    try:
+        yield
+    finally:
+        assert run("docker", "start", name).code == 0
+        wait_until(lambda: stack.inspect(service)["State"]["Health"]["Status"] == "healthy", 120, f"{service} is back")
+
+
+def begun(airflow: Airflow, run_id: str, task_id: str, states: set[str]) -> Callable[[], bool]:
+    """Whether any instance of a task is in one of some states."""
+
+    def look() -> bool:
+        found = airflow.task_instances(DAG_ID, run_id)
+        assert "failed" not in {one["state"] for one in found}
+        return any(one["task_id"] == task_id and one["state"] in states for one in found)
+
+    return look
+
+
+def met(airflow: Airflow, run_id: str) -> bool:
+    """Whether a task has failed for it, or its client tries again."""
+    found = airflow.task_instances(DAG_ID, run_id)
+    if any(one["state"] == "up_for_retry" or one["try_number"] > 1 for one in found):
+        return True
+    return any(
+        "Retrying (" in airflow.task_log(DAG_ID, run_id, one["task_id"], map_index=one["map_index"])
+        for one in found
+        if one["state"] == "running"
+    )
+
+
+def versions(tracking: MlflowClient, run_id: str) -> list[Any]:
+    """The model versions that an Airflow run registered."""
+    return [one for one in tracking.search_model_versions(f"name = '{MODEL}'") if one.tags["airflow.run_id"] == run_id]
+
+
+@pytest.mark.parametrize(
+    ("service", "task_id", "states"),
+    [
+        ("mlflow", "train", {"running"}),
+        ("mlflow", "choose", {"success"}),
+        ("mlflow", "register", {"success"}),
+        ("minio", "train", {"running"}),
+        ("minio", "evaluate", {"running"}),
+    ],
+)
+def test_away_for_a_while(
+    stack: StackUnderTest,
+    airflow: Airflow,
+    tracking: MlflowClient,
+    finished: dict[str, Any],
+    service: str,
+    task_id: str,
+    states: set[str],
+) -> None:
+    """From when a task runs, or has ended and the next one begins, until a task has met it: the run succeeds all the
+    same, with one whole version, and no run of MLflow is left as running."""
+    run_id = airflow.trigger(DAG_ID, AUTOMATIC)
+    wait_until(begun(airflow, run_id, task_id, states), PATIENCE_S, f"{task_id} is {states}")
+    with away(stack, service):
+        wait_until(lambda: met(airflow, run_id), MEETS_IT_S, f"a task meets that {service} is away")
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "success"
+    (version,) = versions(tracking, run_id)
+    assert version.status == "READY"
+    assert version.aliases == ["champion"]
+    assert "challenger" not in tracking.get_registered_model(MODEL).aliases
+    query = f"tags.`airflow.run_id` = '{run_id}'"
+    runs = tracking.search_runs([finished["experiment_id"]], filter_string=query)
+    assert [one.info.run_name for one in runs if one.info.status == "RUNNING"] == []
+    assert len([one for one in runs if one.info.status == "FINISHED"]) == 3
+    assert tracking.get_logged_model(version.model_id).status == "READY"
+
+
+def test_away_for_good(
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, finished: dict[str, Any]
+) -> None:
+    """The object store does not come back in time: the run fails, nothing is registered, the champion stays."""
+    before = tracking.get_model_version_by_alias(MODEL, "champion").version
+    assert finished["version"]
+    run_id = airflow.trigger(DAG_ID, AUTOMATIC)
+    wait_until(begun(airflow, run_id, "validate", {"running", "success"}), PATIENCE_S, "validate runs")
+    with away(stack, "minio"):
+        wait_until(lambda: airflow.run_state(DAG_ID, run_id) in FINISHED, PATIENCE_S, "the run ends")
+    assert airflow.run_state(DAG_ID, run_id) == "failed"
+    assert versions(tracking, run_id) == []
+    assert tracking.get_model_version_by_alias(MODEL, "champion").version == before

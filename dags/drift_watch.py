@@ -270,17 +270,19 @@ def drift_watch() -> None:
             "columns": columns,
         }
 
-        mlflow.set_experiment(EXPERIMENT)
-        with mlflow.start_run(run_name=f"version {window['version']}") as run:
-            mlflow.set_tags(
-                {
-                    "airflow.dag_id": "drift_watch",
-                    "airflow.run_id": context["run_id"],
-                    "model.name": MODEL_NAME,
-                    "model.version": window["version"],
-                    SEEN: window["until"],
-                }
-            )
+        tags = {
+            "airflow.dag_id": "drift_watch",
+            "airflow.run_id": context["run_id"],
+            "model.name": MODEL_NAME,
+            "model.version": window["version"],
+            SEEN: window["until"],
+        }
+        experiment = mlflow.set_experiment(EXPERIMENT)
+        # A former try that lost MLflow could not end its run, which would be running for ever.
+        begun = f"attributes.status = 'RUNNING' and tags.`airflow.run_id` = '{context['run_id']}'"
+        for former in mlflow.MlflowClient().search_runs([experiment.experiment_id], begun):
+            mlflow.MlflowClient().set_terminated(former.info.run_id, "KILLED")
+        with mlflow.start_run(run_name=f"version {window['version']}", tags=tags) as run:
             mlflow.log_params({"threshold": report["threshold"], "rows": window["rows"], "since": window["since"]})
             metrics = {"drifted_share": share, "drifted_columns": float(len(drifted)), "rows": float(window["rows"])}
             for one in columns:
@@ -316,7 +318,10 @@ def drift_watch() -> None:
             return False
         asked = MlflowClient().get_model_version(MODEL_NAME, verdict["version"]).tags.get(ASKED)
         if asked and asked != context["run_id"]:
-            print(f"version {verdict['version']} has drifted; the run {asked} has asked for a retraining already")
+            print(
+                f"version {verdict['version']} has drifted; the run {asked} has asked for a retraining already. "
+                f"If nothing came of it (train_model was paused?), remove the version's tag {ASKED} in MLflow"
+            )
             return False
         return True
 

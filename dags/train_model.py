@@ -150,9 +150,11 @@ def find_problems(frame: pd.DataFrame) -> list[str]:
     missing = [column for column in (*EXPECTED, TARGET) if column not in frame.columns]
     if missing:
         return [f"columns missing: {', '.join(missing)}"]
+    # As `features` does: the same row many times is one.
+    frame = frame[[*EXPECTED, TARGET]].drop_duplicates()
     problems = []
     if len(frame) < MIN_ROWS:
-        problems.append(f"{len(frame)} rows, at least {MIN_ROWS} expected")
+        problems.append(f"{len(frame)} different rows, at least {MIN_ROWS} expected")
     for column, (low, high) in EXPECTED.items():
         values = frame[column]
         if values.dtype.kind not in "if":
@@ -164,7 +166,7 @@ def find_problems(frame: pd.DataFrame) -> list[str]:
             problems.append(f"{column}: {outside} values outside {low} to {high}")
         elif values.nunique() < 2:
             problems.append(f"{column}: always the same value")
-    shares = frame[TARGET].value_counts(normalize=True)
+    shares = frame[TARGET].value_counts(normalize=True, dropna=False)
     if set(shares.index) != {0, 1} or shares.min() < MIN_CLASS_SHARE:
         problems.append(f"{TARGET}: 0 and 1, each at least {MIN_CLASS_SHARE:.0%}, expected; got {shares.to_dict()}")
     return problems
@@ -233,13 +235,14 @@ def airflow_link() -> str:
     return f"{os.environ['AIRFLOW_UI_URL']}/dags/{context['dag'].dag_id}/runs/{context['run_id']}"
 
 
-def end_former_tries(experiment_id: str, name: str) -> None:
-    """Ends this candidate's runs of former tries: one that lost MLflow could not, and would be running for ever."""
+def end_former_tries(experiment_id: str, name: str, tag: str = "airflow.run_id") -> None:
+    """Ends the runs of this name that former tries of a task began: one that lost MLflow could not end its own, and
+    that would be running for ever."""
     import mlflow
 
     client = mlflow.MlflowClient()
     query = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
-    query += f" and tags.`airflow.run_id` = '{get_current_context()['run_id']}'"
+    query += f" and tags.`{tag}` = '{get_current_context()['run_id']}'"
     for run in client.search_runs([experiment_id], filter_string=query):
         client.set_terminated(run.info.run_id, "KILLED")
 
@@ -392,8 +395,9 @@ def train_model() -> None:
         limit = get_current_context()["params"]["min_roc_auc"]
         champion = champion_version()
         if champion is not None:
-            mlflow.set_experiment(EXPERIMENT)
-            with mlflow.start_run(run_name=f"champion-{champion.version}", tags={"airflow.run_id": "reference"}):
+            name, tag = f"champion-{champion.version}", "airflow.compared_by"
+            end_former_tries(mlflow.set_experiment(EXPERIMENT).experiment_id, name, tag)
+            with mlflow.start_run(run_name=name, tags={tag: get_current_context()["run_id"]}):
                 score = evaluate_model(f"models:/{MODEL_NAME}/{champion.version}", read_csv(keys["test"]))["roc_auc"]
             print(f"champion, version {champion.version}: roc_auc {score:.4f}")
             limit = max(limit, score - TOLERANCE)
@@ -413,13 +417,13 @@ def train_model() -> None:
 
         client = mlflow.MlflowClient()
         query = f"name = '{MODEL_NAME}' and run_id = '{best['run_id']}'"
-        (version, *_) = client.search_model_versions(query) or [
-            mlflow.register_model(
-                best["model_uri"],
-                MODEL_NAME,
-                tags={"airflow.run_id": get_current_context()["run_id"], "airflow.url": airflow_link()},
-            )
-        ]
+        if not client.search_model_versions(query):
+            tags = {"airflow.run_id": get_current_context()["run_id"], "airflow.url": airflow_link()}
+            mlflow.register_model(best["model_uri"], MODEL_NAME, tags=tags)
+        # MLflow's client asks again where an answer does not come: that may have made it twice.
+        version, *again = sorted(client.search_model_versions(query), key=lambda one: int(one.version))
+        for one in again:
+            client.delete_model_version(MODEL_NAME, one.version)
         client.set_registered_model_alias(MODEL_NAME, CHALLENGER, version.version)
         print(f"models:/{MODEL_NAME}@{CHALLENGER} is now version {version.version}: {best['name']}")
         return {"model": MODEL_NAME, "version": version.version, **best}
@@ -444,10 +448,9 @@ def train_model() -> None:
         import mlflow
 
         client, version = mlflow.MlflowClient(), str(challenger["version"])
-        known = client.get_model_version(MODEL_NAME, version)
-        if PREVIOUS not in known.tags:
-            # Before the alias moves: a task that is tried again must not take the new one for the old.
-            before = champion_version()
+        before = champion_version()
+        if before is None or before.version != version:
+            # Not where it is champion already: a task that is tried again must not take the new one for the old.
             client.set_model_version_tag(MODEL_NAME, version, PREVIOUS, before.version if before else "none")
         client.set_registered_model_alias(MODEL_NAME, CHAMPION, version)
         client.delete_registered_model_alias(MODEL_NAME, CHALLENGER)
@@ -473,22 +476,22 @@ def train_model() -> None:
         event = {"version": deployed["version"], "mlflow": deployed["url"]}
         get_current_context()["outlet_events"][DEPLOYED].extra.update(event)
 
-    @task(trigger_rule=TriggerRule.ONE_FAILED)
-    def restore(deployed: dict[str, Any] | None) -> None:
+    # Not given up soon: meanwhile a model is champion that nobody has tested.
+    @task(trigger_rule=TriggerRule.ONE_FAILED, retries=60, retry_delay=timedelta(minutes=1))
+    def restore(challenger: dict[str, Any] | None) -> None:
         """Gives the alias back to the model that had it, and fails: the run did not do what it was for."""
         import mlflow
         from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-        if not deployed:
-            raise AirflowSkipException("nothing was deployed")
-        client, version = mlflow.MlflowClient(), str(deployed["version"])
-        now = champion_version()
-        before = client.get_model_version(MODEL_NAME, version).tags.get(PREVIOUS, "none")
-        if now is not None and now.version == version:
-            if before == "none":
-                client.delete_registered_model_alias(MODEL_NAME, CHAMPION)
-            else:
-                client.set_registered_model_alias(MODEL_NAME, CHAMPION, before)
+        now = champion_version() if challenger else None
+        if now is None or now.version != str(challenger["version"]):
+            raise AirflowSkipException("what this run made is not champion")
+        client, version = mlflow.MlflowClient(), now.version
+        before = now.tags.get(PREVIOUS, "none")
+        if before == "none":
+            client.delete_registered_model_alias(MODEL_NAME, CHAMPION)
+        else:
+            client.set_registered_model_alias(MODEL_NAME, CHAMPION, before)
         raise AirflowFailException(f"version {version} failed its smoke test; {CHAMPION} is version {before} again")
 
     keys = features(validate(ingest()))
@@ -497,13 +500,15 @@ def train_model() -> None:
     deployed = promote(challenger)
     tested = smoke_test(deployed, keys)
     challenger >> approve >> deployed
-    tested >> [announce(deployed), restore(deployed)]
+    tested >> announce(deployed)
+    [deployed, tested] >> restore(challenger)
 
 
 def ask_champion(rows: pd.DataFrame, version: str) -> list[Any]:
     """The champion's answers: over HTTP where `serving` serves it, else from the model that the alias names.
 
-    Raises AirflowFailException where it is not that version which answers.
+    Raises AirflowFailException where the alias names another version, TimeoutError where that version does not
+    answer within a minute: the task may be tried again, serving may be.
     """
     import time
 
@@ -530,9 +535,7 @@ def ask_champion(rows: pd.DataFrame, version: str) -> list[Any]:
         if answer.ok and answer.json()["version"] == version:
             return list(answer.json()["predictions"])
         if time.monotonic() > deadline:
-            raise AirflowFailException(
-                f"after 60 s version {version} does not answer: {answer.status_code} {answer.text}"
-            )
+            raise TimeoutError(f"after 60 s version {version} does not answer: {answer.status_code} {answer.text}")
         time.sleep(1)
 
 

@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
     preflight.raise_all(preflight.before_engine(found, chosen, here))
     running = engines.ensure(found, may_install=chosen.install_engine == "auto")
     every = images.tags(chosen)
-    wanted = every if arguments.all else images.needed(chosen, every)
+    # Those who pull may have services on that are off here.
+    wanted = every if arguments.all or arguments.push else images.needed(chosen, every)
     due = images.missing(chosen, wanted)
     preflight.check_engine_disk(running, to_build=bool(due))
     if due:

@@ -178,6 +178,8 @@ def build(host: Host, settings: Settings, wanted: Mapping[str, str]) -> None:
         words += ["--set", f"{image}.labels.org.opencontainers.image.title=mlstack {image}"]
     log = VAR / "build.log"
     VAR.mkdir(exist_ok=True)
+    # One of an earlier run with sudo would be root's; the directory is not.
+    log.unlink(missing_ok=True)
     with (
         step(f"building {', '.join(wanted)} (first time: about 10 minutes on 2 CPUs)") as progress,
         log.open("w") as out,

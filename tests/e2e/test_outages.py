@@ -55,7 +55,9 @@ def met(airflow: Airflow, run_id: str) -> bool:
 
 def versions(tracking: MlflowClient, run_id: str) -> list[Any]:
     """The model versions that an Airflow run registered."""
-    return [one for one in tracking.search_model_versions(f"name = '{MODEL}'") if one.tags["airflow.run_id"] == run_id]
+    return [
+        one for one in tracking.search_model_versions(f"name = '{MODEL}'") if one.tags.get("airflow.run_id") == run_id
+    ]
 
 
 @pytest.mark.parametrize(
@@ -63,9 +65,11 @@ def versions(tracking: MlflowClient, run_id: str) -> list[Any]:
     [
         ("mlflow", "train", {"running"}),
         ("mlflow", "choose", {"success"}),
-        ("mlflow", "register", {"success"}),
+        ("mlflow", "promote", {"success"}),
         ("minio", "train", {"running"}),
-        ("minio", "evaluate", {"running"}),
+        pytest.param("mlflow", "register", {"success"}, marks=pytest.mark.long),
+        pytest.param("minio", "evaluate", {"running"}, marks=pytest.mark.long),
+        pytest.param("minio", "promote", {"success"}, marks=pytest.mark.long),
     ],
 )
 def test_away_for_a_while(
@@ -95,10 +99,10 @@ def test_away_for_a_while(
     assert tracking.get_logged_model(version.model_id).status == "READY"
 
 
-def test_away_for_good(
+def test_the_store_is_away_for_good(
     stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, finished: dict[str, Any]
 ) -> None:
-    """The object store does not come back in time: the run fails, nothing is registered, the champion stays."""
+    """From before anything is trained: the run fails, nothing is registered, the champion stays."""
     before = tracking.get_model_version_by_alias(MODEL, "champion").version
     assert finished["version"]
     run_id = airflow.trigger(DAG_ID, AUTOMATIC)
@@ -108,3 +112,24 @@ def test_away_for_good(
     assert airflow.run_state(DAG_ID, run_id) == "failed"
     assert versions(tracking, run_id) == []
     assert tracking.get_model_version_by_alias(MODEL, "champion").version == before
+
+
+@pytest.mark.long
+def test_a_champion_that_nobody_could_test_loses_the_alias(
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, finished: dict[str, Any]
+) -> None:
+    """MLflow goes away once the alias has moved, and comes back when the smoke test has been given up."""
+    before = tracking.get_model_version_by_alias(MODEL, "champion").version
+    assert finished["version"]
+    run_id = airflow.trigger(DAG_ID, AUTOMATIC)
+    wait_until(begun(airflow, run_id, "promote", {"success"}), PATIENCE_S, "the alias has moved")
+
+    def restoring() -> bool:
+        found = {one["task_id"]: one["state"] for one in airflow.task_instances(DAG_ID, run_id)}
+        return found["smoke_test"] == "failed" and found["restore"] == "running"
+
+    with away(stack, "mlflow"):
+        wait_until(restoring, PATIENCE_S, "the smoke test is given up")
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+    assert tracking.get_model_version_by_alias(MODEL, "champion").version == before
+    assert versions(tracking, run_id) != []

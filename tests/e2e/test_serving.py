@@ -321,6 +321,7 @@ def test_mlflow_is_only_read(stack: StackUnderTest, tracking: MlflowClient, two:
     """With serving's own login: the model and its artifacts can be read; nothing of it can be changed."""
     login = ("serving", stack.secret("mlflow_serving_password"))
     artifacts = tracking.get_logged_model(two[0].model_id).artifact_location.partition(":")[2].lstrip("/")
+    of_the_run = tracking.get_run(two[0].run_id).info.artifact_uri.partition(":")[2].lstrip("/")
     with httpx.Client(base_url=stack.mlflow_url, auth=login, timeout=30) as http:
         api = "/api/2.0/mlflow"
         alias = http.get(f"{api}/registered-models/alias", params={"name": two[0].name, "alias": "champion"})
@@ -341,6 +342,9 @@ def test_mlflow_is_only_read(stack: StackUnderTest, tracking: MlflowClient, two:
             http.post(f"{api}/runs/set-tag", json={"run_id": two[0].run_id, "key": "a", "value": "b"}),
             http.post("/graphql", json={"query": "{ __typename }"}),
             http.get(f"{api}/experiments/search", params={"max_results": 1}),
+            # What it was trained on is not the model.
+            http.get(f"/api/2.0/mlflow-artifacts/artifacts/{of_the_run}/reference.csv"),
+            http.get("/api/2.0/mlflow-artifacts/artifacts", params={"path": of_the_run}),
         ]
         assert [answer.status_code for answer in refused] == [403] * len(refused)
         assert "signature" in http.get(file).text

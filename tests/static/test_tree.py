@@ -92,6 +92,9 @@ def test_versions_agree() -> None:
     ):
         assert found(r"^mlflow-skinny==(\S+)", client) == server
     assert found(r"^mlflow-skinny==(\S+)", "dags/environments/xgboost.txt") == server
+    assert found(r"^mlflow==(\S+)", "examples/requirements.in") == server
+    said = re.findall(r"mlflow==?(\d[\d.]*\d)", (ROOT / "docs/operate.md").read_text())
+    assert said == [server, server]
     assert found(r"^ARG VERSION=(\S+)", "dockerfiles/postgres/Dockerfile") == found(
         r"^readonly major=(\S+)", "dockerfiles/postgres/postgres-server"
     )

@@ -27,7 +27,8 @@ def status(method: str, path: str, *headers: tuple[bytes, bytes]) -> int:
     async def receive() -> Any:
         return {"type": "http.request"}
 
-    scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
+    path, _, query = path.partition("?")
+    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": list(headers)}
     asyncio.run(OnlyModels(mlflow)(scope, receive, send))
     return int(sent[0]["status"])
 
@@ -41,7 +42,8 @@ SERVING = (b"authorization", b"Basic " + basic("serving"))
         "/api/2.0/mlflow/registered-models/alias",
         "/api/2.0/mlflow/model-versions/get-download-uri",
         "/api/2.0/mlflow/logged-models/m-1",
-        "/api/2.0/mlflow-artifacts/artifacts",
+        "/api/2.0/mlflow-artifacts/artifacts?path=1/models/m-1/artifacts",
+        "/api/2.0/mlflow-artifacts/artifacts?path=1%2Fmodels%2Fm-1%2Fartifacts",
         "/api/2.0/mlflow-artifacts/artifacts/1/models/m-1/artifacts/MLmodel",
         "/api/3.0/mlflow/server-info",
     ],
@@ -55,6 +57,17 @@ def test_it_reads_models_and_changes_none(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
+        *(
+            "/api/2.0/mlflow-artifacts/artifacts",
+            "/api/2.0/mlflow-artifacts/artifacts?path=",
+            "/api/2.0/mlflow-artifacts/artifacts?path=1/0a1b/artifacts",
+            "/api/2.0/mlflow-artifacts/artifacts?path=1/models/m-1&path=1/0a1b/artifacts",
+            "/api/2.0/mlflow-artifacts/artifacts?path=&path=1/models/m-1",
+            "/api/2.0/mlflow-artifacts/artifacts?path=1/models/../0a1b",
+            "/api/2.0/mlflow-artifacts/artifacts/1/0a1b/artifacts/reference.csv",
+            "/api/2.0/mlflow-artifacts/artifacts/1/models/../0a1b/artifacts/reference.csv",
+            "/api/2.0/mlflow-artifacts/artifacts/1/models/%2e%2e/0a1b/artifacts/reference.csv",
+        ),
         *("/", "/graphql", "/gateway/x/invocations", "/v1/traces", "/get-artifact"),
         *(
             "/api/2.0/mlflow/experiments/search",

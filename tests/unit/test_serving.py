@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import tracemalloc
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -114,6 +116,34 @@ def test_rows_that_the_signature_does_not_allow(row: Any, told: tuple[str, ...])
 def test_a_value_that_one_row_lacks() -> None:
     error = refused(b'{"dataframe_records": [{"a": 1, "b": 2}, {"a": 1}]}')
     assert (error.status, error.message) == (422, "b: long expected, got nothing in row 2")
+
+
+def test_names_that_the_model_does_not_have_are_only_counted() -> None:
+    """One in each of many rows, which takes little room in a request, takes little here."""
+    body = json.dumps({"dataframe_records": [{f"k{number}": 0} for number in range(5000)]}).encode()
+    tracemalloc.start()
+    try:
+        error = refused(body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert error.status == 422
+    assert "does not have: k0, k1" in error.message
+    assert "and 4990 more" in error.message
+    assert peak < 20 * 2**20
+
+
+def test_too_many_rows() -> None:
+    row = {"a": 1, "b": 2}
+    assert len(read({"dataframe_records": [row] * inputs.ROWS})["a"]) == inputs.ROWS
+    error = refused(json.dumps({"dataframe_records": [row] * (inputs.ROWS + 1)}).encode())
+    assert (error.status, error.code) == (413, "TOO_LARGE")
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "1600-01-01"])
+def test_a_moment_that_cannot_be_counted(moment: str) -> None:
+    body = json.dumps({"instances": [moment]}).encode()
+    assert refused(body, columns=(Column("when", "datetime"),)).status == 422
 
 
 def test_a_number_too_large_to_be_one() -> None:
@@ -418,6 +448,32 @@ def test_each_refusal_is_an_error_for_programs_and_people(served: Served) -> Non
     assert (of_the_model.status_code, of_the_model.json()["error"]) == (422, "MODEL")
     assert served.log.queued == 0
     assert served.metrics.statuses == [400, 413, 415, 422, 500, 422]
+
+
+def test_half_a_character_in_a_name(served: Served) -> None:
+    answer = served.post(b'{"dataframe_records": [{"\\ud800": 1}]}', JSON)
+    assert (answer.status_code, answer.json()["error"]) == (422, "SIGNATURE")
+
+
+def test_large_requests_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bytes are counted, however many requests they are, and counted out again."""
+    monkeypatch.setattr(app, "HELD", 60)
+    body = b'{"dataframe_records": [{"x": 1}]}'
+    for _ in range(3):
+        assert served.post(body, JSON).status_code == 200
+        assert served.post(body + b" " * 60, JSON).json()["error"] == "BUSY"
+
+
+def test_a_request_that_does_not_come(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SLOW_S", 0.05)
+
+    async def hangs() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    answer = served.call("POST", "/invocations", content=hangs(), headers={"Content-Type": JSON})
+    assert (answer.status_code, answer.json()["error"]) == (408, "SLOW")
+    assert served.ask(1.5).status_code == 200
 
 
 def test_without_a_model(served: Served) -> None:

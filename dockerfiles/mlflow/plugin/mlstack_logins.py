@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
+from urllib.parse import parse_qs
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,10 +23,12 @@ READABLE = (
     "/api/2.0/mlflow/registered-models/",
     "/api/2.0/mlflow/model-versions/",
     "/api/2.0/mlflow/logged-models/",
-    "/api/2.0/mlflow-artifacts/artifacts",
     "/api/3.0/mlflow/server-info",
 )
 """What MLflow's client asks for, with GET, on the way from an alias to a loaded model."""
+ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
+OF_A_MODEL = re.compile(r"/?\d+/models/(?!.*(\.\.|%))")
+"""Where below ARTIFACTS a model's files are: a run's other artifacts, training data among them, are elsewhere."""
 HEADERS = frozenset({b"authorization", b"x-mlflow-authorization"})
 
 
@@ -44,7 +48,15 @@ class OnlyModels:
 
 def is_reading(scope: Scope) -> bool:
     """Whether a request reads of models."""
-    return bool(scope["method"] == "GET" and scope["path"].startswith(READABLE))
+    if scope["method"] != "GET":
+        return False
+    path: str = scope["path"]
+    if path == ARTIFACTS:
+        listed = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True).get("path", [])
+        return bool(listed) and all(OF_A_MODEL.match(one) for one in listed)
+    if path.startswith(ARTIFACTS):
+        return bool(OF_A_MODEL.match(path.removeprefix(ARTIFACTS)))
+    return path.startswith(READABLE)
 
 
 def users(scope: Scope) -> set[bytes]:

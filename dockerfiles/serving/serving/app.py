@@ -41,6 +41,10 @@ DRAINED = 64 << 20
 THREADS = 2
 BUSY = 64
 """Requests under way; with more, all would become slow."""
+HELD = 64 << 20
+"""Bytes of bodies under way: of large ones there are fewer."""
+SLOW_S = 30
+"""Seconds within which a body has to come."""
 
 
 def create() -> Starlette:
@@ -115,6 +119,7 @@ class Api:
         self._predictions = predictions
         self._metrics = metrics
         self._busy = 0
+        self._held = 0
 
     async def invocations(self, request: Request) -> Response:
         """Predictions for the rows of a request."""
@@ -138,12 +143,43 @@ class Api:
         if self._busy >= BUSY:
             raise RefusedError(503, "BUSY", f"{BUSY} requests are under way; try again")
         self._busy += 1
+        pieces: list[bytes] = []
         try:
-            body = await _read(request)
+            await self._read(request, pieces)
+            pieces[:] = [b"".join(pieces)]
             kind = request.headers.get("content-type", "")
-            return await asyncio.get_running_loop().run_in_executor(self.pool, self._answer, model, body, kind)
+            return await asyncio.get_running_loop().run_in_executor(self.pool, self._answer, model, pieces[0], kind)
         finally:
             self._busy -= 1
+            self._let_go(pieces)
+
+    def _let_go(self, pieces: list[bytes]) -> None:
+        self._held -= sum(map(len, pieces))
+        pieces.clear()
+
+    async def _read(self, request: Request, pieces: list[bytes]) -> None:
+        """The body. Raises RefusedError for one that is slow (408) or large (413), and with too many at once (503)."""
+        try:
+            async with asyncio.timeout(SLOW_S):
+                await self._take(request, pieces)
+        except TimeoutError:
+            raise RefusedError(408, "SLOW", f"the request did not come within {SLOW_S} s") from None
+
+    async def _take(self, request: Request, pieces: list[bytes]) -> None:
+        length = 0
+        async for piece in request.stream():
+            length += len(piece)
+            if length > DRAINED:
+                break
+            if length > LARGEST:
+                self._let_go(pieces)
+            elif self._held + len(piece) > HELD:
+                raise RefusedError(503, "BUSY", f"requests of {HELD >> 20} MB are under way; try again")
+            else:
+                pieces.append(piece)
+                self._held += len(piece)
+        if length > LARGEST:
+            raise RefusedError(413, "TOO_LARGE", f"a request has at most {LARGEST >> 20} MB: send its rows in several")
 
     def _model(self) -> Model:
         state = self._follower.state
@@ -192,23 +228,6 @@ class Api:
         return JSONResponse(told, 200 if state.model else 503)
 
 
-async def _read(request: Request) -> bytes:
-    """The body. Raises RefusedError (413) for a large one, none of which is kept."""
-    pieces: list[bytes] = []
-    length = 0
-    async for piece in request.stream():
-        length += len(piece)
-        if length > DRAINED:
-            break
-        if length > LARGEST:
-            pieces.clear()
-        else:
-            pieces.append(piece)
-    if length > LARGEST:
-        raise RefusedError(413, "TOO_LARGE", f"a request has at most {LARGEST >> 20} MB: send its rows in several")
-    return b"".join(pieces)
-
-
 def _json(document: dict[str, Any]) -> str:
     try:
         return json.dumps(document, separators=(",", ":"), allow_nan=False, default=_python)
@@ -222,7 +241,8 @@ def _python(value: Any) -> Any:
 
 
 def _error(status: int, code: str, message: str) -> Response:
-    return JSONResponse({"error": code, "message": message}, status)
+    # Escaped: a message may repeat half a character that a client sent.
+    return Response(_json({"error": code, "message": message}), status, media_type="application/json")
 
 
 async def _not_here(_request: Request, error: Exception) -> Response:

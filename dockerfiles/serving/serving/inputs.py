@@ -20,6 +20,10 @@ from typing import Any
 FORMATS = ("dataframe_split", "dataframe_records", "instances", "inputs")
 TOLD = 10
 """So many columns are named in one message."""
+ROWS = 10_000
+"""Of one request. What is logged waits in memory, and the rows of others with it."""
+YEARS = range(1678, 2262)
+"""Moments that NumPy counts in nanoseconds, of which models are made."""
 
 Table = dict[str, list[Any]]
 """Column -> its values, one for each row."""
@@ -63,9 +67,11 @@ def parse(body: bytes, content_type: str, columns: Sequence[Column]) -> Table:
     else:
         table = _from_json(body, columns)
         read = FROM_JSON
-    rows = len(next(iter(table.values()), []))
+    rows = max((len(values) for values in table.values()), default=0)
     if rows == 0:
         raise _malformed("there are no rows")
+    if rows > ROWS:
+        raise RefusedError(413, "TOO_LARGE", f"a request has at most {ROWS:,} rows: send its {rows:,} in several")
     return _enforce(table, rows, columns, read)
 
 
@@ -97,7 +103,7 @@ def _from_json(body: bytes, columns: Sequence[Column]) -> Table:
     if name == "dataframe_split":
         return _split(content)
     if name == "dataframe_records":
-        return _records(content, name)
+        return _records(content, name, columns)
     if name == "inputs" and isinstance(content, dict):
         return _by_column(content)
     return _instances(content, name, columns)
@@ -118,17 +124,20 @@ def _split(content: Any) -> Table:
     return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 
 
-def _records(content: Any, name: str) -> Table:
+def _records(content: Any, name: str, columns: Sequence[Column]) -> Table:
     if not _are(dict, content):
         raise _malformed(f"{name} is a list of objects, one for each row")
     names = dict.fromkeys(key for row in content for key in row)
-    return {key: [row.get(key, MISSING) for row in content] for key in names}
+    known = {column.name for column in columns}
+    # What the model does not have is refused by its name: a name of its own in each of many rows would be
+    # rows times rows values.
+    return {key: [row.get(key, MISSING) for row in content] if key in known else [MISSING] for key in names}
 
 
 def _instances(content: Any, name: str, columns: Sequence[Column]) -> Table:
     """Rows as objects, or as lists of values in the model's order; a single column's values may stand alone."""
     if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
-        return _records(content, name)
+        return _records(content, name, columns)
     if len(columns) == 1 and isinstance(content, list) and not any(isinstance(row, list | dict) for row in content):
         return {columns[0].name: content}
     if not _are(list, content) or any(len(row) != len(columns) for row in content):
@@ -274,6 +283,8 @@ def _moment(value: Any) -> datetime:
     if type(value) is not str:
         raise TypeError
     moment = datetime.fromisoformat(value)
+    if moment.year not in YEARS:
+        raise ValueError
     return moment.astimezone(timezone.utc).replace(tzinfo=None) if moment.tzinfo else moment
 
 

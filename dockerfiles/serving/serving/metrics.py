@@ -75,5 +75,7 @@ class _Known:
         yield GaugeMetricFamily("serving_log_queued_rows", "Predictions that wait to be stored", value=self._log.queued)
         yield CounterMetricFamily("serving_log_written_rows", "Predictions in the store", value=self._log.written)
         yield CounterMetricFamily(
-            "serving_log_dropped_rows", "Predictions lost because the store was away", value=self._log.dropped
+            "serving_log_dropped_rows",
+            "Predictions lost because the store was away, or too slow",
+            value=self._log.dropped,
         )

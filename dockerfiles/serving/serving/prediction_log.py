@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 10.0
 BATCH = 1000
 """Rows that are written at once, however little time has passed."""
-MOST = 10_000
+MOST = 50_000
 """Rows that wait at the most."""
-LAST_WORDS_S = 15.0
-"""How long it goes on writing when the service stops."""
+LAST_WORDS_S, AGAIN_S = 15.0, 1.0
+"""How long it goes on writing when the service stops, and how soon it tries again then."""
 
 Row = tuple[str, str, tuple[str, ...], tuple[Any, ...], Any]
 """When, by which version, the columns, their values, the prediction."""
@@ -83,8 +83,9 @@ class PredictionLog:
             self._wake.clear()
             self.write()
         end = time.monotonic() + LAST_WORDS_S
-        while self.queued and time.monotonic() < end and self.write():
-            pass
+        while self.queued and time.monotonic() < end:
+            if not self.write():
+                time.sleep(AGAIN_S)
 
     def write(self) -> bool:
         """Writes all that waits; whether the store took it."""

@@ -12,7 +12,6 @@ Exit: 0 everything could be run, 1 a workload could not.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import platform
 import shutil
@@ -21,6 +20,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import psycopg2
@@ -75,12 +75,30 @@ WHOLE_STACK = {"idle_memory", "memory_after"}
 """Of these `mlflow server` is a part, beside the peer's Airflow."""
 
 
+FAILURES = (StackError, httpx.HTTPError, OSError, ValueError, psycopg2.Error)
+"""What may happen to one workload, or to one side, while the others go on."""
+
+
+def brief(error: BaseException) -> str:
+    """The first line of it."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+T = TypeVar("T")
+
+
+def in_turn(them: list[T], number: int) -> list[T]:
+    """Another one first in each round."""
+    return them[number % len(them) :] + them[: number % len(them)]
+
+
 class Bench:
     """The rounds, and what they found."""
 
     def __init__(self, *, quick: bool, only: set[str]) -> None:
         self.quick = quick
-        self.only = only
+        # "After these" is after something.
+        only = only | ({"create_run", "log_batch", "search"} if "mlflow_memory" in only else set())
         self.measured = {name: Measured() for name in WORKLOADS if not only or name in only}
         self.ours = Ours()
         self.peer = OfficialAirflow(self.ours)
@@ -107,8 +125,8 @@ class Bench:
         with step(f"{side}: {WORKLOADS[name].title}"):
             try:
                 sample = measure()
-            except (StackError, httpx.HTTPError, OSError, ValueError) as error:
-                self.measured[name].problems.append(f"{side} failed: {str(error).splitlines()[0]}")
+            except FAILURES as error:
+                self.measured[name].problems.append(f"{side} failed: {brief(error)}")
                 say(f"    failed: {error}")
                 return False
         getattr(self.measured[name], side).append(sample)
@@ -119,25 +137,31 @@ class Bench:
         fresh_dags()
         # The peer takes our image names from here.
         self.ours.init()
-        for side in [self.ours, self.peer][:: -1 if number % 2 else 1]:
+        sides: list[Side] = [self.ours, self.peer]
+        for side in in_turn(sides, number):
             if side is self.peer and not set(self.measured) - MLFLOW:
                 continue
             fresh_dags()
             try:
-                self._one_side(side, number)
-                if side is self.ours:
-                    self._mlflow()
+                if self._one_side(side, number) and side is self.ours:
+                    self._mlflow(number)
+            except FAILURES as error:
+                # Hours of measurements are not thrown away for what one side could not do.
+                say(f"    {side.name} failed: {error}")
+                for found in self.measured.values():
+                    found.problems.append(f"{side.name} failed in round {number + 1}: {brief(error)}")
             finally:
                 self.peer_mlflow.clean()
                 side.clean()
 
-    def _one_side(self, side: Side, number: int) -> None:
+    def _one_side(self, side: Side, number: int) -> bool:
+        """Its Airflow's part; whether it came up."""
         side.clean()
         if "cold_start" not in self.measured:
             with step(f"{side.name}: start"):
                 side.up()
         elif not self._take(side.name, "cold_start", lambda: Sample(side.up(), "start")):
-            return
+            return False
         if not self.quick and "warm_start" in self.measured:
             side.down()
             self._take(side.name, "warm_start", lambda: Sample(side.up(), "start"))
@@ -156,6 +180,7 @@ class Bench:
             if side is self.ours and "large_cpu" in self.airflow:
                 alone = partial(self.ours.python_alone, fibonacci=33, times=10)
                 self._take("floor", "large_cpu", lambda: Sample(alone(), "10 success"))
+        return True
 
     def _first_round(self, side: Side, airflow: Airflow) -> None:
         """Minutes for one sample, and the peer looks for new files every five."""
@@ -165,9 +190,9 @@ class Bench:
         with step(f"{side.name}: 10 minutes of load"):
             try:
                 found = workloads.load(side.project, dags=100, tasks=5, minutes=10)(airflow)
-            except (StackError, httpx.HTTPError, ValueError) as error:
+            except FAILURES as error:
                 for name in {"load_run", "load_memory"} & set(self.measured):
-                    self.measured[name].problems.append(f"{side.name} failed: {str(error).splitlines()[0]}")
+                    self.measured[name].problems.append(f"{side.name} failed: {brief(error)}")
                 say(f"    failed: {error}")
                 return
         self._keep(side.name, found)
@@ -176,7 +201,7 @@ class Bench:
         for name in set(found) & set(self.measured):
             getattr(self.measured[name], side).append(found[name])
 
-    def _mlflow(self) -> None:
+    def _mlflow(self, number: int) -> None:
         if not (MLFLOW | WHOLE_STACK) & set(self.measured):
             return
         ours, peer = self.ours, self.peer_mlflow
@@ -197,7 +222,8 @@ class Bench:
         servers = {
             "ours": Tracking(
                 ours.address("mlflow"),
-                ("admin", ours.secret("admin_password")),
+                # As tasks do: with a login whose permissions are asked for.
+                ("airflow", ours.secret("mlflow_airflow_password")),
                 lambda now: now.by_service["mlflow"][1],
                 ours.project,
             ),
@@ -206,27 +232,33 @@ class Bench:
         if WHOLE_STACK & set(self.measured):
             self._peer_mlflow_idle = servers["peer"].memory()
         few = 20 if self.quick else 400
-        for side, server in servers.items():
+        for side, server in in_turn(list(servers.items()), number):
             self._take(side, "create_run", partial(server.create_run, few))
             self._take(side, "log_batch", partial(server.log_batch, few))
             self._take(side, "search", partial(server.search, few // 2))
             self._take(side, "mlflow_memory", server.memory_after)
-        self._artifacts({**servers, "floor": Store(ours.address("minio"), ours.secret("mlflow_s3_secret"))})
+        store = Store(ours.address("minio"), ours.secret("mlflow_s3_secret"))
+        places: list[tuple[str, Tracking | Store]] = [*servers.items(), ("floor", store)]
+        self._artifacts(in_turn(places, number))
 
-    def _artifacts(self, places: dict[str, Tracking | Store]) -> None:
+    def _artifacts(self, places: list[tuple[str, Tracking | Store]]) -> None:
         """Each size through each, in turn: what the machine does meanwhile meets all of them."""
         for size, length in ARTIFACTS.items():
-            up, down = f"up_{size}", f"down_{size}"
-            if not {up, down} & set(self.measured) or (self.quick and length > 10**6):
+            up, down, memory = f"up_{size}", f"down_{size}", "artifact_memory"
+            whole = length == max(ARTIFACTS.values())
+            wanted = {up, down} | ({memory} if whole else set())
+            if not wanted & set(self.measured) or (self.quick and length > 10**6):
                 continue
             file = artifact(length)
-            for side, place in places.items():
-                watched = place.watched() if isinstance(place, Tracking) else contextlib.nullcontext([0, 0])
-                with watched as memory:
-                    if self._take(side, up, partial(place.upload, file)):
-                        self._take(side, down, partial(place.download, file))
-                if length == max(ARTIFACTS.values()) and isinstance(place, Tracking):
-                    self._keep(side, {"artifact_memory": Sample((memory[1] - memory[0]) / MIB, f"{length} bytes")})
+            for side, place in places:
+                # What was written before is not to be written during this.
+                os.sync()
+                if up not in self.measured:
+                    place.upload(file)
+                if self._take(side, up, partial(place.upload, file)):
+                    self._take(side, down, partial(place.download, file))
+                    if whole and isinstance(place, Tracking):
+                        self._take(side, memory, partial(place.memory_added, file))
             file.unlink()
 
     def finish(self) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,6 +74,7 @@ class Tracking:
             metrics = [{"key": f"m{k}", "value": k * 0.5, "timestamp": stamp, "step": index} for k in range(100)]
             self.post("runs/log-batch", run_id=runs[index % CLIENTS], metrics=metrics)
 
+        self._rate(WARM_UP, act)
         return Sample(self._rate(number, act), f"{number} batches of 100")
 
     def create_run(self, number: int) -> Sample:
@@ -108,23 +107,18 @@ class Tracking:
     def _artifact(self, path: Path) -> str:
         return f"/api/2.0/mlflow-artifacts/artifacts/bench/{path.name}"
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[list[int]]:
-        """The server's memory before, and its peak within; bytes, looked at four times a second."""
-        seen = [self.memory()] * 2
-        over = threading.Event()
-
-        def look() -> None:
-            while not over.wait(0.25):
-                seen[1] = max(seen[1], self.memory())
-
-        watcher = threading.Thread(target=look)
-        watcher.start()
-        try:
-            yield seen
-        finally:
-            over.set()
-            watcher.join()
+    def memory_added(self, path: Path) -> Sample:
+        """MiB that the server's memory grows by while a file goes up and down, looked at four times a second. Not
+        while that is timed: the looks take from it."""
+        before = self.memory()
+        with ThreadPoolExecutor(1) as pool:
+            at_once = pool.submit(lambda: (self.upload(path), self.download(path)))
+            peak = before
+            while not at_once.done():
+                peak = max(peak, self.memory())
+                time.sleep(0.25)
+            at_once.result()
+        return Sample((peak - before) / MIB, f"{path.stat().st_size} bytes")
 
 
 class Store:

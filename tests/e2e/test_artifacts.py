@@ -119,6 +119,7 @@ def test_nothing_without_a_login(http: httpx.Client, s3: Any, path: str, prefix:
     assert http.put(PATH + path, content=b"secret").status_code == 200
     stranger = httpx.Client(base_url=http.base_url, timeout=30)
     assert stranger.get(prefix + path).status_code == 401
+    assert stranger.head(prefix + path).status_code == 405
     assert stranger.put(prefix + path, content=b"other").status_code == 401
     assert s3.get_object(Bucket=BUCKET, Key=path)["Body"].read() == b"secret"
 

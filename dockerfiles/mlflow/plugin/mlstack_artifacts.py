@@ -37,8 +37,9 @@ from mlflow.store.artifact.s3_artifact_repo import BOTO_TO_MLFLOW_ERROR, S3Artif
 SCHEME = "proxied-s3"
 BLOCK = 8 << 20
 """Bytes of a part of an upload. An upload of N blocks holds three of them: one fills, two are on their way."""
-PARTS_OF_A_SIZE = 1000
-"""After so many parts the blocks grow by one BLOCK: S3 takes 10,000 parts, which is then 440 GB."""
+SMALL_PARTS, PARTS_OF_A_SIZE = 5000, 500
+"""After SMALL_PARTS (42 GB) the blocks grow by one BLOCK, and again after each PARTS_OF_A_SIZE: S3 takes 10,000
+parts, which is then 310 GB."""
 STREAMS = 6
 """Uploads that a process streams at once, 24 MiB each; what comes beside them is put into a file first."""
 PIECE = 1 << 20
@@ -172,7 +173,8 @@ class _Upload:
         block = bytearray()
         async for chunk in chunks:
             block += chunk
-            if len(block) >= BLOCK * (1 + len(self._parts) // PARTS_OF_A_SIZE):
+            grown = max(0, len(self._parts) - SMALL_PARTS + PARTS_OF_A_SIZE) // PARTS_OF_A_SIZE
+            if len(block) >= BLOCK * (1 + grown):
                 await self._part(block)
                 block = bytearray()
         if not self._parts:
@@ -215,8 +217,9 @@ async def _pieces(body: Any) -> AsyncIterator[bytes]:
             ahead = asyncio.create_task(asyncio.to_thread(body.read, PIECE))
             yield piece
     finally:
-        # Not awaited: whoever went away in the middle has us cancelled.
-        ahead.add_done_callback(lambda _: body.close())
+        # Not awaited: whoever went away in the middle has us cancelled. In a thread: it waits for the one that reads.
+        loop = asyncio.get_running_loop()
+        ahead.add_done_callback(lambda _: loop.run_in_executor(None, body.close))
 
 
 def _content_type(key: str) -> dict[str, str]:

@@ -20,13 +20,15 @@ between two threads.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
+import os
 import re
 from typing import Any
 
 import mlstack_json
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 from mlflow.exceptions import MlflowException
 from mlflow.server import app as flask_app
@@ -113,13 +115,21 @@ class Fork:
 class Flask:
     """MLflow's Flask application, for answers that fit into memory."""
 
+    @functools.cached_property
+    def limiter(self) -> CapacityLimiter:
+        """One fewer at once than there are connections to the database: a batch of metrics holds one while it asks
+        for a second, and if each did none would get it. What waits for a thread would only wait for a connection."""
+        settings = ("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW")
+        return CapacityLimiter(sum(int(os.environ[name]) for name in settings) - 1)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pieces, more = [], True
         while more:
             message = await receive()
             pieces.append(message.get("body", b""))
             more = message.get("more_body", False)
-        status, headers, body = await to_thread.run_sync(self._answer, build_environ(scope, b"".join(pieces)))
+        environ = build_environ(scope, b"".join(pieces))
+        status, headers, body = await to_thread.run_sync(self._answer, environ, limiter=self.limiter)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -139,6 +149,10 @@ class Around:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(PREFIXES):
             await self.app(scope, receive, send)
+            return
+        if scope["method"] == "HEAD":
+            # A route for GET takes it, too, and MLflow asks for no login then.
+            await Response(status_code=405, headers={"Allow": "GET, PUT, DELETE"})(scope, receive, send)
             return
         scope[UP] = receive
         head: Message = {}

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psycopg2
@@ -63,14 +64,22 @@ def fan_out(airflow: Airflow, tasks: int) -> float:
     return max(workloads.follow(airflow, dag_id, run_id, 3600) for run_id in runs) - asked
 
 
-def write_history(ours: Ours, dag_id: str, run_id: str) -> int:
-    """Copies a run and its task instances HISTORY_RUNS times into the past; how many instances there are then."""
-    with (
-        psycopg2.connect(
-            host=ours.address("postgres"), user="airflow", dbname="airflow", password=ours.secret("airflow_db_password")
-        ) as connection,
-        connection.cursor() as cursor,
-    ):
+def database(ours: Ours) -> Any:
+    """A connection to Airflow's database."""
+    password = ours.secret("airflow_db_password")
+    return psycopg2.connect(host=ours.address("postgres"), user="airflow", dbname="airflow", password=password)
+
+
+def instances(ours: Ours) -> int:
+    """How many task instances there are."""
+    with database(ours) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM task_instance")
+        return int(cursor.fetchone()[0])
+
+
+def write_history(ours: Ours, dag_id: str, run_id: str) -> None:
+    """Copies a run and its task instances HISTORY_RUNS times into the past."""
+    with database(ours) as connection, connection.cursor() as cursor:
         for table in ("dag_run", "task_instance"):
             cursor.execute(
                 "SELECT column_name, data_type FROM information_schema.columns"
@@ -99,9 +108,6 @@ def write_history(ours: Ours, dag_id: str, run_id: str) -> int:
             cursor.execute(copy, (HISTORY_RUNS, dag_id, run_id))
             # What Postgres does by itself within a minute.
             cursor.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table)))
-        cursor.execute("SELECT count(*) FROM task_instance")
-        (count,) = cursor.fetchone()
-        return int(count)
 
 
 def by_tasks(airflow: Airflow, sizes: Sequence[int]) -> list[Curve]:
@@ -119,14 +125,16 @@ def by_history(ours: Ours, airflow: Airflow, rounds: int) -> list[Curve]:
     dag_id = "bench_fan_out"
     model = airflow.trigger(dag_id, {"tasks": 200})
     workloads.follow(airflow, dag_id, model)
-    with step("fan-out of 200 without a history"):
-        without = statistics.median(fan_out(airflow, 200) for _ in range(rounds))
-        # What the measurement itself has left.
-        curve.add(200 * (1 + rounds), without)
+
+    def take(title: str) -> None:
+        with step(f"fan-out of 200 {title}"):
+            # Without it, too, there is what the warm-up has left.
+            curve.add(instances(ours), statistics.median(fan_out(airflow, 200) for _ in range(rounds)))
+
+    take("without a history")
     with step("writing the history"):
-        count = write_history(ours, dag_id, model)
-    with step("fan-out of 200 with it"):
-        curve.add(count, statistics.median(fan_out(airflow, 200) for _ in range(rounds)))
+        write_history(ours, dag_id, model)
+    take("with it")
     return [curve]
 
 

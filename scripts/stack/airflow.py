@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -112,10 +113,10 @@ class Airflow:
         return self.call("GET", path, params={"deserialize": True})["value"]
 
     def task_log(self, dag_id: str, run_id: str, task_id: str, *, map_index: int = -1, attempt: int = 1) -> str:
-        """A task's log as the UI shows it."""
-        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{attempt}"
-        answer = self.call("GET", path, params={"map_index": map_index}, headers={"Accept": "application/json"})
-        return "\n".join(_log_line(entry) for entry in answer["content"])
+        """A task's log, asked for as the UI does: line by line, which costs the API server less than one document."""
+        path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{attempt}"
+        answer = self._http.get(path, params={"map_index": map_index}, headers={"Accept": "application/x-ndjson"})
+        return "\n".join(_log_line(json.loads(line)) for line in _good(answer).text.split("\n") if line)
 
     def follow(
         self,
@@ -152,11 +153,9 @@ def _good(answer: httpx.Response) -> httpx.Response:
     return good(answer, "E-AIRFLOW-API", "Airflow", "see `make logs S=airflow-apiserver`")
 
 
-def _log_line(entry: Any) -> str:
+def _log_line(entry: dict[str, Any]) -> str:
     """A structured log entry as text; an exception's type and message stand below its event."""
-    if isinstance(entry, str):
-        return entry
-    lines = [str(entry.get("event", entry))]
+    lines = [str(entry["event"])]
     for error in entry.get("error_detail") or []:
         lines.append(f"{error.get('exc_type')}: {error.get('exc_value')}")
     return "\n".join(lines)

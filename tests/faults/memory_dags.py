@@ -229,6 +229,12 @@ def many_lines() -> str:
     return "the end was reached"
 
 
+def many_letters() -> None:
+    """Two million lines of a letter each: 4 MB of text, 200 of what stands around it in the log's file."""
+    for _ in range(2_000_000):
+        print("z")
+
+
 def leak() -> int:
     """What a module keeps is gone with the task's process."""
     import builtins
@@ -300,6 +306,7 @@ case("xcom_parts", large_xcom_of_parts, resources={"ram": 600})
 case("line", long_line)
 case("line_of_program", long_line_of_a_program)
 case("lines", many_lines)
+case("letters", many_letters)
 case("record", long_log_record)
 case("too_large", lambda: None, resources={"ram": 10**6}, retries=3)
 case("kill_pool_process", lambda: kill_parent(1), retries=1, retry_delay=SECOND)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,22 @@ def task_processes(stack: StackUnderTest) -> list[str]:
     return [line for line in told.output.splitlines() if not any(word in line for word in own)]
 
 
+def api_server_memory(stack: StackUnderTest, seconds: float) -> int:
+    """The most memory, in bytes, that the API server's processes have within some seconds."""
+    told = stack.exec(
+        "airflow-apiserver",
+        "python3",
+        "-c",
+        "import time\nfrom taskguard import linux\n"
+        f"most, end = 0, time.monotonic() + {seconds}\n"
+        "while not most or time.monotonic() < end:\n"
+        "    most = max(most, sum(linux.status(pid, 'VmRSS') for pid in linux.processes()))\n"
+        "print(most)",
+    )
+    assert told.code == 0, told.output
+    return int(told.output)
+
+
 # First: it brings the DAG file itself, and takes it away again.
 def test_a_short_storm(stack: StackUnderTest) -> None:
     """`make storm`, one round, with sleepers of five seconds. The full one has 20 rounds of forty."""
@@ -150,6 +167,7 @@ def test_other_ways_to_take_the_worker_down(play: Callable[..., Outcome], case: 
         ("line", "cut here"),
         ("record", "cut here"),
         ("lines", "more is not kept"),
+        ("letters", "more is not kept"),
         ("twice", "MiB (from its resources)"),
     ],
 )
@@ -160,6 +178,20 @@ def test_what_is_within_the_budget_succeeds(play: Callable[..., Outcome], case: 
     ended = play(case)
     assert ended.state == "success", ended.logs
     assert seen in ended.logs[-1]
+
+
+def test_the_longest_log_is_shown_a_piece_at_a_time(
+    stack: StackUnderTest, play: Callable[..., Outcome], airflow: Airflow
+) -> None:
+    """Whoever looks at it, the API server keeps its memory: read whole it took a hundred MiB for each reader."""
+    play("lines")
+    (run, *_) = airflow.runs("fault_lines")
+    before = api_server_memory(stack, 0)
+    with ThreadPoolExecutor() as pool:
+        most = pool.submit(api_server_memory, stack, 5)
+        while not most.done():
+            assert len(airflow.task_log("fault_lines", run["dag_run_id"], "it")) > 3 * 2**20
+    assert most.result() - before < 24 * 2**20
 
 
 @pytest.mark.usefixtures("unharmed")

@@ -2,7 +2,8 @@
 
 A line is cut at LONGEST_LINE: the process that supervises the task keeps a line until its end comes,
 and looks through all of it at each read; 500 MB would take it hours and half a gigabyte. A log is cut
-at LONGEST_LOG: the API server takes nine times a log's size to show it. The task itself goes on.
+at LONGEST_LOG: that process reads it whole to upload it, and the API server takes 80 MiB to answer it
+as one JSON document. The task itself goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import structlog
 LONGEST_LINE = 64 * 1024
 """Characters; nobody reads more."""
 LONGEST_LOG = 8 * 2**20
-"""Characters. Half as much again is kept for errors, which come last and matter most."""
+"""Characters of the log's file. Half as much again is kept for errors, which come last and matter most."""
+AROUND_A_LINE = 112
+"""Characters that Airflow puts around a line in that file: its time, level and logger. Four million lines of
+one character would be a file of half a gigabyte otherwise."""
 FULL = f"This log has {LONGEST_LOG // 2**20} MiB; more is not kept, errors apart. The task goes on."
 
 
@@ -35,10 +39,10 @@ class Meter:
     def __init__(self) -> None:
         self._written = 0
 
-    def room(self, size: int, *, error: bool = False) -> bool:
+    def room(self, size: int, *, lines: int = 1, error: bool = False) -> bool:
         """Whether so much more may be written; says once that it is over."""
         before = self._written
-        self._written += size
+        self._written += size + lines * AROUND_A_LINE
         if before <= LONGEST_LOG < self._written and sys.__stderr__:
             sys.__stderr__.write(FULL + "\n")
         return self._written <= LONGEST_LOG * (1.5 if error else 1)
@@ -64,7 +68,7 @@ class _Lines(io.TextIOBase):
         if len(piece) > room:
             kept = piece[:room] + " [cut here: the line is too long]" if room > 0 else ""
             kept += "\n" if ends else ""
-        if kept and self._meter.room(len(kept)):
+        if kept and self._meter.room(len(kept), lines=int(ends)):
             self._stream.write(kept)
         self._column = 0 if ends else min(LONGEST_LINE, self._column + len(piece))
 

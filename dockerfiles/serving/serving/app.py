@@ -160,8 +160,7 @@ class Api:
     async def _read(self, request: Request, pieces: list[bytes]) -> None:
         """The body. Raises RefusedError for one that is slow (408) or large (413), and with too many at once (503)."""
         try:
-            async with asyncio.timeout(SLOW_S):
-                await self._take(request, pieces)
+            await asyncio.wait_for(self._take(request, pieces), SLOW_S)
         except TimeoutError:
             raise RefusedError(408, "SLOW", f"the request did not come within {SLOW_S} s") from None
 

@@ -20,6 +20,7 @@ between two threads.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import gc
 import json
@@ -44,6 +45,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn import Server
 from werkzeug.wrappers import Response as Answer
 
 PREFIXES = ("/api/2.0/mlflow-artifacts/artifacts/", "/ajax-api/2.0/mlflow-artifacts/artifacts/")
@@ -62,6 +64,7 @@ def create_app() -> FastAPI:
     """MLflow's application with logins, and ours in front of its artifact routes and of Flask."""
     gc.set_threshold(ALLOCATIONS)
     mlstack_json.install()
+    Server.main_loop = look_each_second
     app = auth.create_app()
     flask = straight_to_flask(app)
     for prefix in PREFIXES:
@@ -71,6 +74,13 @@ def create_app() -> FastAPI:
     app.user_middleware.insert(0, Middleware(Fork, flask=flask))
     app.user_middleware.insert(0, Middleware(OnlyModels))
     return app
+
+
+async def look_each_second(server: Server) -> None:
+    """In place of uvicorn's loop, which looks ten times a second whether to end: each process took 3 ms of CPU a
+    second for it."""
+    while not await server.on_tick(0):
+        await asyncio.sleep(1)
 
 
 def straight_to_flask(app: FastAPI) -> ASGIApp:

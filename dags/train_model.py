@@ -105,6 +105,13 @@ def object_store() -> Any:
     )
 
 
+def is_parquet(body: bytes) -> bool:
+    """Whether a Parquet file's marks stand at both ends, and its footer is as long as it says. The reader looks for a
+    footer in anything: of bytes that have none it read what lies beyond them in memory, and once did not come back."""
+    marked = body[:4] == body[-4:] == b"PAR1"
+    return marked and 0 < int.from_bytes(body[-8:-4], "little") <= len(body) - 12
+
+
 def load_own(key: str) -> pd.DataFrame:
     """The user's own table. Raises ValueError with the reason where it is none."""
     import io
@@ -121,9 +128,11 @@ def load_own(key: str) -> pd.DataFrame:
         raise
     if size > MAX_BYTES:
         raise ValueError(f"s3://{BUCKET}/{key} has {size:,} bytes, at most {MAX_BYTES:,} fit into a task")
-    body = io.BytesIO(store.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    body = store.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    if key.endswith(".parquet") and not is_parquet(body):
+        raise ValueError(f"s3://{BUCKET}/{key} is not a table: it is no Parquet file, or not all of one")
     try:
-        return pd.read_parquet(body) if key.endswith(".parquet") else pd.read_csv(body)
+        return pd.read_parquet(io.BytesIO(body)) if key.endswith(".parquet") else pd.read_csv(io.BytesIO(body))
     except MemoryError:
         raise
     except Exception as error:  # Of a damaged Parquet file it can be any.

@@ -64,7 +64,8 @@ def test_damaged_data(airflow: Airflow, tracking: MlflowClient, champion: Callab
     [
         ("no.csv", None, "ingest", "there is no s3://pipelines/inbox/no.csv"),
         ("empty.csv", b"", "ingest", "is not a table"),
-        ("picture.parquet", b"\x89PNG and so on", "ingest", "is not a table"),
+        ("picture.parquet", b"\x89PNG and so on", "ingest", "it is no Parquet file"),
+        ("cut.parquet", b"PAR1" + b"\0" * 8 + b"\xff\0\0\0PAR1", "ingest", "or not all of one"),
         (
             "short.csv",
             (HEADER + "14,20,90,600,0.1,0.1,1\n" * 10).encode(),

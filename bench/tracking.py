@@ -38,6 +38,8 @@ class Tracking:
         self._memory = memory
         self._project = project
         self.experiment = self.post("experiments/create", name=f"bench-{time.time_ns()}")["experiment_id"]
+        # A login that is no admin's writes to a run of its own.
+        self._artifacts = f"/api/2.0/mlflow-artifacts/artifacts/{self.experiment}/{self.run()}/artifacts"
 
     def post(self, path: str, **body: object) -> dict[str, str]:
         """One call; raises httpx.HTTPStatusError."""
@@ -98,14 +100,11 @@ class Tracking:
 
     def upload(self, path: Path) -> Sample:
         """MB a second of one artifact up, through the server."""
-        return put(self.http, self._artifact(path), path)
+        return put(self.http, f"{self._artifacts}/{path.name}", path)
 
     def download(self, path: Path) -> Sample:
         """MB a second of the same artifact down."""
-        return get(self.http, self._artifact(path), path)
-
-    def _artifact(self, path: Path) -> str:
-        return f"/api/2.0/mlflow-artifacts/artifacts/bench/{path.name}"
+        return get(self.http, f"{self._artifacts}/{path.name}", path)
 
     def memory_added(self, path: Path) -> Sample:
         """MiB that the server's memory grows by while a file goes up and down, looked at four times a second. Not

@@ -177,6 +177,15 @@ def test_a_changed_setting_touches_only_what_it_concerns(stack: StackUnderTest) 
     }
 
 
+def test_a_service_that_is_turned_off_is_gone(stack: StackUnderTest) -> None:
+    """FLOWER=off removes Flower; its memory goes to the others."""
+    path = stack.instance.settings_file
+    path.write_text(path.read_text().replace("FLOWER=on", "FLOWER=off"))
+    said = stack.make("up")
+    assert said.code == 0, said.output
+    assert "flower" not in ids(stack)
+
+
 SERVERS = ("postgres", "redis", "minio", "mlflow", "airflow-apiserver", "airflow-scheduler", "airflow-worker")
 
 

@@ -129,10 +129,11 @@ def load_own(key: str) -> pd.DataFrame:
     if size > MAX_BYTES:
         raise ValueError(f"s3://{BUCKET}/{key} has {size:,} bytes, at most {MAX_BYTES:,} fit into a task")
     body = store.get_object(Bucket=BUCKET, Key=key)["Body"].read()
-    if key.endswith(".parquet") and not is_parquet(body):
+    read = pd.read_parquet if key.endswith(".parquet") else pd.read_csv
+    if read is pd.read_parquet and not is_parquet(body):
         raise ValueError(f"s3://{BUCKET}/{key} is not a table: it is no Parquet file, or not all of one")
     try:
-        return pd.read_parquet(io.BytesIO(body)) if key.endswith(".parquet") else pd.read_csv(io.BytesIO(body))
+        return read(io.BytesIO(body))
     except MemoryError:
         raise
     except Exception as error:  # Of a damaged Parquet file it can be any.

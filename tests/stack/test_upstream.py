@@ -1,4 +1,4 @@
-"""What taskguard and wakeup rely on without a public promise, each by its name: a new Airflow that changes
+"""What taskguard, tasklogs and wakeup rely on without a public promise, each by its name: a new Airflow that changes
 one of these is noticed here first, not in a task that went unwatched or a scheduler that became slow."""
 
 from __future__ import annotations
@@ -233,4 +233,23 @@ def test_what_goes_to_flask_at_once_is_flasks(stack: StackUnderTest) -> None:
         "dispatched = {one.kwargs['dispatch'].__name__ for one in app.user_middleware if 'dispatch' in one.kwargs}\n"
         "assert dispatched == NOT_FOR_FLASK, dispatched\n",
         "mlflow",
+    )
+
+
+def test_airflow_reads_logs_in_pieces_where_it_can(stack: StackUnderTest) -> None:
+    """tasklogs adds the interface that Airflow's own S3 logs lack; once they have one, it has had its day. A log that
+    goes while it is read is told in its place."""
+    in_airflow(
+        stack,
+        "import inspect\n"
+        "from airflow.logging_config import get_remote_task_log\n"
+        "from airflow.providers.amazon.aws.log.s3_task_handler import S3RemoteLogIO\n"
+        "from airflow.utils.log.file_task_handler import FileTaskHandler\n"
+        "logs = get_remote_task_log()\n"
+        "assert type(logs).__name__ == 'StreamedLogs' and not hasattr(S3RemoteLogIO, 'stream')\n"
+        "text = inspect.getsource(FileTaskHandler._read_remote_logs)\n"
+        "assert 'getattr(remote_io, \"stream\", None)' in text, text\n"
+        "(told,) = logs._lines('airflow-logs', 'none')\n"
+        "assert told.startswith('Could not read logs from s3://airflow-logs/none with error'), told\n",
+        "airflow-apiserver",
     )

@@ -2,7 +2,7 @@
 
 A line is cut at LONGEST_LINE: the process that supervises the task keeps a line until its end comes,
 and looks through all of it at each read; 500 MB would take it hours and half a gigabyte. A log is cut
-at LONGEST_LOG: that process reads it whole to upload it, and the API server takes 80 MiB to answer it
+at LONGEST_LOG: that process reads it whole to upload it, and the API server takes 70 MiB to answer it
 as one JSON document. The task itself goes on.
 """
 

@@ -29,6 +29,7 @@ import re
 from typing import Any
 
 import mlstack_json
+import mlstack_permissions
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 from mlflow.exceptions import MlflowException
@@ -66,6 +67,7 @@ def create_app() -> FastAPI:
     mlstack_json.install()
     Server.main_loop = look_each_second
     app = auth.create_app()
+    mlstack_permissions.install()
     flask = straight_to_flask(app)
     for prefix in PREFIXES:
         app.router.routes.insert(0, Route(prefix + "{path:path}", download, methods=["GET"]))

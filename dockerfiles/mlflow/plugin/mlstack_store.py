@@ -46,6 +46,11 @@ LATEST = sqlalchemy.text(
 class PostgresStore(SqlAlchemyStore):  # type: ignore[misc]
     """MLflow's own store but for how metrics are written, and for a question about new runs."""
 
+    def experiment_of(self, run_id: str) -> str:
+        """The experiment that a run belongs to, for good. Raises MlflowException where there is no such run."""
+        with self.ManagedSessionMaker() as session:
+            return str(self._get_run(session, run_id).experiment_id)
+
     def _get_run_inputs(self, session: Session, run_uuids: Sequence[str]) -> list[list[DatasetInput]]:
         """The data sets of each run. A run that is being created has none: MLflow would ask nevertheless, a fifth
         of a creation's CPU."""

@@ -39,7 +39,10 @@ def person(stack: StackUnderTest, admin: httpx.Client) -> Iterator[httpx.Client]
     """A login that may read everything, as everybody may, and change what is its own."""
     login = (f"p{time.time_ns()}", secrets.token_urlsafe(12))
     admin.post(f"{USERS}/create", json=dict(zip(("username", "password"), login, strict=True))).raise_for_status()
-    with httpx.Client(base_url=stack.mlflow_url, auth=login, timeout=30, headers={"X-Name": login[0]}) as client:
+    # A connection stays with one of MLflow's processes: each request has its own here.
+    fresh = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(base_url=stack.mlflow_url, auth=login, timeout=30, limits=fresh) as client:
+        client.headers["X-Name"] = login[0]
         yield client
     admin.request("DELETE", f"{USERS}/delete", json={"username": login[0]}).raise_for_status()
 
@@ -102,7 +105,8 @@ def test_links_to_models_are_hidden_from_who_may_see_none(
 def test_what_is_granted_or_revoked_counts_at_once(
     admin: httpx.Client, person: httpx.Client, linked: tuple[str, str, str]
 ) -> None:
-    """For the next request of a login that MLflow knows already; eight times each, so that each process answers."""
+    """For the next request of a login that MLflow knows already; eight times each, by new connections, so that
+    more than one of its processes answers."""
     _, run, _ = linked
 
     def logs() -> set[int]:

@@ -134,16 +134,35 @@ def test_the_executor_rests_while_tasks_wait(stack: StackUnderTest) -> None:
         "import inspect, time\n"
         "from airflow.jobs.scheduler_job_runner import SchedulerJobRunner\n"
         "from airflow.providers.celery.executors.celery_executor import CeleryExecutor\n"
-        "from wakeup import scheduler\n"
+        "from wakeup import pace, scheduler\n"
         "assert inspect.getsource(SchedulerJobRunner._run_scheduler_loop).count('executor.heartbeat()') == 1\n"
         "executor = CeleryExecutor()\n"
-        "scheduler.rest_while_tasks_wait(2)\n"
+        "scheduler.rest_while_tasks_wait(pace.Pace(2, 4))\n"
         "def beat(tasks):\n"
         "    executor.running = set(range(tasks))\n"
         "    begun = time.monotonic()\n"
         "    executor.heartbeat()\n"
         "    return time.monotonic() - begun\n"
-        "assert beat(2) < scheduler.REST_S <= beat(3)\n",
+        "assert beat(2) < pace.LEAST_S <= beat(3)\n",
+        SCHEDULER,
+    )
+
+
+def test_the_executor_is_sent_what_its_parallelism_says(stack: StackUnderTest) -> None:
+    """wakeup.scheduler changes it from round to round, below the scheduler's own bound, which is read once."""
+    in_airflow(
+        stack,
+        "import inspect, os\n"
+        "from airflow.jobs.scheduler_job_runner import SchedulerJobRunner\n"
+        "from airflow.providers.celery.executors.celery_executor import CeleryExecutor\n"
+        "executor = CeleryExecutor()\n"
+        "assert executor.parallelism == int(os.environ['AIRFLOW__CORE__PARALLELISM'])\n"
+        "os.environ['AIRFLOW__CORE__PARALLELISM'] = '99'\n"
+        "assert SchedulerJobRunner(job=None)._parallelism == 99\n"
+        "executor.parallelism, executor.running = 3, {1, 2}\n"
+        "assert executor.slots_available == 1\n"
+        "text = inspect.getsource(SchedulerJobRunner._executable_task_instances_to_queued)\n"
+        "assert 'executor_slots_available[executor.name] = executor.slots_available' in text\n",
         SCHEDULER,
     )
 

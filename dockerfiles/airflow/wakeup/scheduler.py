@@ -5,8 +5,9 @@
   the database is away, and with a scheduler that pauses otherwise, the pause is a plain one.
 - It keeps its connection to Celery's results. Celery does so in pool processes, and makes a new one for
   each look anywhere else: 8 ms and a process of Postgres's each time.
-- It rests for a moment in each round while tasks wait for a slot of the worker. Each task's end is worth a
-  round otherwise, which could start nothing: four times the CPU for a task of a fan-out.
+- It rests for a moment in each round while tasks wait for a slot of the worker, which is sent enough for
+  that time (wakeup.pace). Each task's end is worth a round otherwise, which could start nothing: four times
+  the CPU for a task of a fan-out.
 
 tests/stack/test_upstream.py notices when one of them is no longer as assumed here.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import sys
 import time
@@ -24,12 +26,10 @@ import psycopg2
 from sqlalchemy.engine import make_url
 
 from wakeup.database import CHANNEL
+from wakeup.pace import Pace
 
 CONNECT_S = 5
 """Seconds that a connection may take to come about: the database is on the same host."""
-
-REST_S = 0.5
-"""In which the worker has enough to do with the tasks that it was sent beyond its slots (Plan.parallelism)."""
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def keep_result_connection() -> None:
         log.warning("the connection to Celery's results is made anew for each look: %s", error)
 
 
-def rest_while_tasks_wait(slots: int) -> None:
+def rest_while_tasks_wait(pace: Pace) -> None:
     """Has the executor rest once a round while the worker has more tasks than slots: one that ends is
     followed by one that waits there, and the next round finds several ended ones at once."""
     from airflow.providers.celery.executors.celery_executor import CeleryExecutor
@@ -96,9 +96,12 @@ def rest_while_tasks_wait(slots: int) -> None:
     heartbeat = CeleryExecutor.heartbeat
 
     def heartbeat_and_rest(executor: CeleryExecutor) -> None:
+        # The heartbeat learns which of those that were sent have ended.
+        was_full = executor.slots_available <= 0
         heartbeat(executor)
-        if len(executor.running) > slots:
-            time.sleep(REST_S)
+        running = len(executor.running)
+        executor.parallelism = pace.parallelism(running, was_full=was_full)
+        time.sleep(pace.rest(running))
 
     CeleryExecutor.heartbeat = heartbeat_and_rest
 
@@ -110,7 +113,10 @@ def main() -> None:
 
     scheduler_job_runner.time = Clock(conf.get_mandatory_value("database", "sql_alchemy_conn"))
     keep_result_connection()
-    rest_while_tasks_wait(conf.getint("celery", "worker_concurrency"))
+    pace = Pace(conf.getint("celery", "worker_concurrency"), conf.getint("core", "parallelism"))
+    rest_while_tasks_wait(pace)
+    # The scheduler has a bound of its own, which is read once. The executor's, set by now, is the lower one.
+    os.environ["AIRFLOW__CORE__PARALLELISM"] = str(pace.most)
     from airflow.__main__ import main as airflow
 
     sys.argv = ["airflow", "scheduler"]

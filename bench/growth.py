@@ -226,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
             except (StackError, httpx.HTTPError, OSError, ValueError, psycopg2.Error) as error:
                 failed = True
                 say(f"{part} failed: {error}")
-        facts = about(1, ours.compose.values)
+        facts = about(1, ours.images())
     finally:
         ours.clean()
         shutil.rmtree(WORK, ignore_errors=True)

@@ -33,6 +33,7 @@ from bench.workloads import MIB, Measure, Sample
 from stack.airflow import Airflow
 from stack.console import say, step
 from stack.errors import Exit, StackError, run_main
+from stack.instance import ROOT
 from stack.process import capture
 
 WORKLOADS = {
@@ -80,8 +81,8 @@ FAILURES = (StackError, httpx.HTTPError, OSError, ValueError, psycopg2.Error)
 
 
 def brief(error: BaseException) -> str:
-    """The first line of it."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of it, without where this clone lies."""
+    return (str(error).splitlines() or [type(error).__name__])[0].replace(f"{ROOT}/", "")
 
 
 T = TypeVar("T")
@@ -104,6 +105,7 @@ class Bench:
         self.peer = OfficialAirflow(self.ours)
         self.peer_mlflow = DefaultMlflow(self.ours)
         self._peer_mlflow_idle = 0
+        self.images: dict[str, str] = {}
         fan = 20 if quick else 200
         self.airflow: dict[str, Measure] = {
             "trigger_to_start": workloads.trigger_to_start(1 if quick else 10),
@@ -133,10 +135,18 @@ class Bench:
         return True
 
     def round(self, number: int) -> None:
-        """Both sides once, the other one first in every second round."""
+        """Both sides once, the other one first in every second round. Nothing where the images are no longer those
+        of the rounds before."""
         fresh_dags()
         # The peer takes our image names from here.
         self.ours.init()
+        self.images = self.images or self.ours.images()
+        if self.ours.images() != self.images:
+            problem = f"round {number + 1} failed: the sources were changed, its images would be others"
+            say(f"    {problem}")
+            for found in self.measured.values():
+                found.problems.append(problem)
+            return
         sides: list[Side] = [self.ours, self.peer]
         for side in in_turn(sides, number):
             if side is self.peer and not set(self.measured) - MLFLOW:
@@ -297,7 +307,7 @@ def about(rounds: int, images: dict[str, str]) -> dict[str, object]:
         "memory_MiB": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB,
         "kernel": platform.release(),
         "engine": capture(["docker", "version", "--format", "{{.Server.Version}}"], timeout=30).out.strip(),
-        "images": {name: tag for name, tag in images.items() if name.endswith("_TAG")},
+        "images": images,
     }
 
 
@@ -319,7 +329,7 @@ def main(argv: Sequence[str]) -> int:
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             bench.round(number)
-        facts = about(rounds, bench.ours.compose.values)
+        facts = about(rounds, bench.images)
     finally:
         bench.clean()
     bench.finish()

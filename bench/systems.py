@@ -168,6 +168,10 @@ class Ours(Side):
     def down(self) -> None:
         self._program("down.py", timeout=STOP_S)
 
+    def images(self) -> dict[str, str]:
+        """The tags of the images that this clone's sources make."""
+        return {name: tag for name, tag in self.compose.values.items() if name.endswith("_TAG")}
+
     def secret(self, name: str) -> str:
         """One of its generated secrets."""
         return (self.instance.secrets / name).read_text(encoding="utf-8").strip()

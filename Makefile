@@ -76,8 +76,8 @@ test: test-venv ## Everything: static, unit, and a throwaway stack beside the ru
 	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest
 storm: venv ## Hungry tasks beside modest ones on the running stack, 20 rounds (ARGS="--rounds 1"); loads it heavily
 	@$(PYTHON) scripts/storm.py $(ARGS)
-faults: test-venv ## Every memory fault and the long campaigns, on a throwaway stack (about an hour)
-	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest tests/faults -m "long or not long"
+faults: test-venv ## Every fault and the long campaigns, on a throwaway stack (more than an hour)
+	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest tests/faults tests/e2e/test_outages.py -m "long or not long"
 bench: test-venv ## This stack beside the official settings, in one run (QUICK=1: only that it runs; ARGS="--rounds 1")
 	@PYTHONPATH=.:scripts $(PYTHON) bench/run.py $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
 growth: test-venv ## How cost grows with tasks, history and DAG files, on a stack of its own (about an hour)

@@ -153,12 +153,13 @@ def test_the_executor_is_sent_what_its_parallelism_says(stack: StackUnderTest) -
     in_airflow(
         stack,
         "import inspect, os\n"
+        "from airflow.jobs.job import Job\n"
         "from airflow.jobs.scheduler_job_runner import SchedulerJobRunner\n"
         "from airflow.providers.celery.executors.celery_executor import CeleryExecutor\n"
         "executor = CeleryExecutor()\n"
         "assert executor.parallelism == int(os.environ['AIRFLOW__CORE__PARALLELISM'])\n"
         "os.environ['AIRFLOW__CORE__PARALLELISM'] = '99'\n"
-        "assert SchedulerJobRunner(job=None)._parallelism == 99\n"
+        "assert SchedulerJobRunner(job=Job())._parallelism == 99\n"
         "executor.parallelism, executor.running = 3, {1, 2}\n"
         "assert executor.slots_available == 1\n"
         "text = inspect.getsource(SchedulerJobRunner._executable_task_instances_to_queued)\n"

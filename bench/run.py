@@ -140,12 +140,12 @@ class Bench:
         fresh_dags()
         # The peer takes our image names from here.
         self.ours.init()
-        self.images = self.images or self.ours.images()
-        if self.ours.images() != self.images:
+        images = self.ours.images()
+        self.images = self.images or images
+        if images != self.images:
             problem = f"round {number + 1} failed: the sources were changed, its images would be others"
             say(f"    {problem}")
-            for found in self.measured.values():
-                found.problems.append(problem)
+            self._lacks(problem)
             return
         sides: list[Side] = [self.ours, self.peer]
         for side in in_turn(sides, number):
@@ -158,11 +158,15 @@ class Bench:
             except FAILURES as error:
                 # Hours of measurements are not thrown away for what one side could not do.
                 say(f"    {side.name} failed: {error}")
-                for found in self.measured.values():
-                    found.problems.append(f"{side.name} failed in round {number + 1}: {brief(error)}")
+                self._lacks(f"{side.name} failed in round {number + 1}: {brief(error)}")
             finally:
                 self.peer_mlflow.clean()
                 side.clean()
+
+    def _lacks(self, problem: str) -> None:
+        """No workload has a figure of this, and each says why."""
+        for found in self.measured.values():
+            found.problems.append(problem)
 
     def _one_side(self, side: Side, number: int) -> bool:
         """Its Airflow's part; whether it came up."""

@@ -199,8 +199,8 @@ def make_plan(
         task_capacity=capacity,
         apiserver_workers=apiserver_workers,
         mlflow_workers=mlflow_workers,
-        # A few more than slots keep the queue from running dry while the scheduler rests (wakeup.scheduler);
-        # with many more an urgent task would stand behind all of them.
+        # A few more than slots keep the queue from running dry while the scheduler rests; with many more an
+        # urgent task would stand behind all of them. Where it runs dry all the same, wakeup.pace sends more.
         parallelism=slots + 8,
         # One per pool child (results), pools of 15 at the most for each Airflow process and MLflow worker,
         # psql sessions of an operator.

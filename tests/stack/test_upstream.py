@@ -160,6 +160,7 @@ def test_the_executor_is_sent_what_its_parallelism_says(stack: StackUnderTest) -
         "assert executor.parallelism == int(os.environ['AIRFLOW__CORE__PARALLELISM'])\n"
         "os.environ['AIRFLOW__CORE__PARALLELISM'] = '99'\n"
         "assert SchedulerJobRunner(job=Job())._parallelism == 99\n"
+        "assert CeleryExecutor().parallelism == executor.parallelism != 99\n"
         "executor.parallelism, executor.running = 3, {1, 2}\n"
         "assert executor.slots_available == 1\n"
         "text = inspect.getsource(SchedulerJobRunner._executable_task_instances_to_queued)\n"

@@ -1,15 +1,18 @@
-"""The scheduler hears from the database that there is something to do (dockerfiles/airflow/wakeup)."""
+"""The scheduler hears from the database that there is something to do, and the API server answers a task as soon as it
+is healthy (dockerfiles/airflow/wakeup)."""
 
 from __future__ import annotations
 
 import select
+import time
 from collections.abc import Iterator
 
+import httpx
 import psycopg2
 import pytest
 
 from stack.airflow import Airflow
-from tests.support import StackUnderTest, dag_file, wait_until
+from tests.support import StackUnderTest, dag_file, run, wait_until
 
 DAG_ID = "bench_one"
 LISTENERS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'wakeup'"
@@ -99,3 +102,14 @@ def test_a_pause_ends_with_a_word(stack: StackUnderTest) -> None:
         "assert 0.5 <= time.monotonic() - begun < 5\n",
     )
     assert told.code == 0, told.output
+
+
+def test_a_tasks_first_request_is_answered_at_once(stack: StackUnderTest) -> None:
+    """To the first one after a start Airflow's own API server answers after five seconds, and nobody else meanwhile."""
+    service = "airflow-apiserver"
+    assert run("docker", "restart", stack.container(service)).code == 0
+    wait_until(lambda: stack.inspect(service)["State"]["Health"]["Status"] == "healthy", 120, "the API server is back")
+    asked = f"http://{stack.address(service)}:8080/execution/task-instances/none/run"
+    begun = time.monotonic()
+    assert httpx.patch(asked, json={}).status_code in (401, 403)
+    assert time.monotonic() - begun < 1

@@ -169,6 +169,22 @@ def test_the_executor_is_sent_what_its_parallelism_says(stack: StackUnderTest) -
     )
 
 
+def test_the_api_for_tasks_makes_its_routes_at_the_first_request(stack: StackUnderTest) -> None:
+    """wakeup.apiserver has them made before: when the routers are included, which is done once."""
+    in_airflow(
+        stack,
+        "import inspect\n"
+        "from cadwyn import Cadwyn\n"
+        "from airflow.api_fastapi.execution_api import app as execution\n"
+        "text = inspect.getsource(execution.create_task_execution_api_app)\n"
+        "assert text.count('app.generate_and_include_versioned_routers(') == 1\n"
+        "assert not execution.create_task_execution_api_app()._cadwyn_initialized\n"
+        "from wakeup import apiserver\n"
+        "assert execution.create_task_execution_api_app()._cadwyn_initialized\n",
+        "airflow-apiserver",
+    )
+
+
 def test_the_git_bundle_keeps_its_copies_there(stack: StackUnderTest) -> None:
     """The worker's repository is the DAG processor's bare copy; dag-checkouts looks through the versions, and for the
     lock on one that a task uses; dagsource.CommitBundle is told of each commit by refresh()."""

@@ -1,5 +1,5 @@
-"""The scheduler acts at once on what happens in the metadata database, instead of looking every second.
+"""Airflow's scheduler and API server, awake when there is something to do.
 
-`wakeup.database` has the database say when there is something to do; `wakeup.scheduler` is Airflow's
-scheduler with a pause that such a word ends.
+`wakeup.database` has the metadata database say so; `wakeup.scheduler` is Airflow's scheduler with a pause that such a
+word ends; `wakeup.apiserver` is Airflow's API server, which has done the work of its first request before it listens.
 """

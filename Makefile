@@ -80,7 +80,7 @@ faults: test-venv ## Every fault and the long campaigns, on a throwaway stack (m
 	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest tests/faults tests/e2e/test_outages.py -m "long or not long"
 bench: test-venv ## This stack beside the official settings, in one run (QUICK=1: only that it runs; ARGS="--rounds 1")
 	@PYTHONPATH=.:scripts $(PYTHON) bench/run.py $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
-growth: test-venv ## How cost grows with tasks, history and DAG files, on a stack of its own (about an hour)
+growth: test-venv ## How cost grows with tasks, history and DAG files, on a stack of its own (about half an hour)
 	@PYTHONPATH=.:scripts $(PYTHON) bench/growth.py $(ARGS)
 lint: test-venv ## The static checks alone
 	@$(PYTHON) -m pytest tests/static -q

@@ -29,7 +29,7 @@ from bench import workloads
 from bench.run import about
 from bench.systems import WORK, Ours, fresh_dags
 from stack.airflow import Airflow
-from stack.console import say, step
+from stack.console import Step, say
 from stack.errors import Exit, StackError, run_main
 
 FAN_OUT = (50, 200, 1000, 5000)
@@ -114,7 +114,7 @@ def by_tasks(airflow: Airflow, sizes: Sequence[int]) -> list[Curve]:
     """Seconds of a fan-out."""
     curve = Curve("Fan-out of mapped no-op tasks", "tasks", "s")
     for tasks in sizes:
-        with step(f"fan-out of {tasks}"):
+        with Step(f"fan-out of {tasks}"):
             curve.add(tasks, fan_out(airflow, tasks))
     return [curve]
 
@@ -127,12 +127,12 @@ def by_history(ours: Ours, airflow: Airflow, rounds: int) -> list[Curve]:
     workloads.follow(airflow, dag_id, model)
 
     def take(title: str) -> None:
-        with step(f"fan-out of 200 {title}"):
+        with Step(f"fan-out of 200 {title}"):
             # Without it, too, there is what the warm-up has left.
             curve.add(instances(ours), statistics.median(fan_out(airflow, 200) for _ in range(rounds)))
 
     take("without a history")
-    with step("writing the history"):
+    with Step("writing the history"):
         write_history(ours, dag_id, model)
     take("with it")
     return [curve]
@@ -143,7 +143,7 @@ def by_files(ours: Ours, airflow: Airflow, counts: Sequence[int]) -> list[Curve]
     edited = Curve("DAG files edited until the last is visible", "files", "s")
     idle = Curve("Idle CPU beside DAG files", "files", "cores")
     for files in counts:
-        with step(f"{files} DAG files"):
+        with Step(f"{files} DAG files"):
             edited.add(files, workloads.edits(files)(airflow).value)
             time.sleep(workloads.SETTLE_S)
             idle.add(files, workloads.idle(60)(ours.project)["idle_cpu"].value)
@@ -154,7 +154,7 @@ def measured(ours: Ours, measure: Callable[[Ours, Airflow], list[Curve]]) -> lis
     """What one part finds on a stack of its own: what another left behind would be history."""
     fresh_dags()
     ours.clean()
-    with step("start"):
+    with Step("start"):
         ours.up()
     with ours.airflow() as airflow:
         for dag_id in ("bench_one", "bench_fan_out"):

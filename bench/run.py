@@ -31,7 +31,7 @@ from bench.systems import WORK, DefaultMlflow, OfficialAirflow, Ours, Side, fres
 from bench.tracking import Store, Tracking
 from bench.workloads import MIB, Measure, Sample
 from stack.airflow import Airflow
-from stack.console import say, step
+from stack.console import Step, say
 from stack.errors import Exit, StackError, run_main
 from stack.instance import ROOT
 from stack.process import capture
@@ -124,7 +124,7 @@ class Bench:
         """One sample; what could not be measured is told (and False), and the rest goes on."""
         if name not in self.measured:
             return True
-        with step(f"{side}: {WORKLOADS[name].title}"):
+        with Step(f"{side}: {WORKLOADS[name].title}"):
             try:
                 sample = measure()
             except FAILURES as error:
@@ -172,7 +172,7 @@ class Bench:
         """Its Airflow's part; whether it came up."""
         side.clean()
         if "cold_start" not in self.measured:
-            with step(f"{side.name}: start"):
+            with Step(f"{side.name}: start"):
                 side.up()
         elif not self._take(side.name, "cold_start", lambda: Sample(side.up(), "start")):
             return False
@@ -182,7 +182,7 @@ class Bench:
         with side.airflow() as airflow:
             airflow.wait_for_dag("bench_one", patience=600)
             if not self.quick and {"idle_cpu", "idle_memory"} & set(self.measured):
-                with step(f"{side.name}: idle, once its start is over"):
+                with Step(f"{side.name}: idle, once its start is over"):
                     time.sleep(60)
                     found = workloads.idle(120)(side.project)
                 self._keep(side.name, found)
@@ -201,7 +201,7 @@ class Bench:
         self._take(side.name, "edits", partial(workloads.edits(50), airflow))
         if not {"load_run", "load_memory"} & set(self.measured):
             return
-        with step(f"{side.name}: 10 minutes of load"):
+        with Step(f"{side.name}: 10 minutes of load"):
             try:
                 found = workloads.load(side.project, dags=100, tasks=5, minutes=10)(airflow)
             except FAILURES as error:
@@ -229,7 +229,7 @@ class Bench:
             connection.cursor() as cursor,
         ):
             cursor.execute("CREATE SCHEMA IF NOT EXISTS peer")
-        with step("peer: MLflow"):
+        with Step("peer: MLflow"):
             peer.up()
             if not self.quick:
                 settled(peer.project)

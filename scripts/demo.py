@@ -12,7 +12,7 @@ from typing import Any
 
 from stack import connect, instance, settings
 from stack.airflow import Airflow
-from stack.console import Step, say, step
+from stack.console import Step, say
 from stack.errors import Exit, run_main
 
 DAG_ID = "train_model"
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         airflow.set_paused(DAG_ID, False)
         try:
             run_id = airflow.trigger(DAG_ID, {"approval": "automatic", "damage_data": arguments.damage_data})
-            with step(f"running {DAG_ID}") as progress:
+            with Step(f"running {DAG_ID}") as progress:
                 state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S, on_progress=lambda now: show(progress, now))
         finally:
             airflow.set_paused(DAG_ID, was_paused)

@@ -22,7 +22,7 @@ from typing import Any
 
 from stack import connect, instance
 from stack.airflow import FINISHED, Airflow
-from stack.console import say, step
+from stack.console import Step, say
 from stack.errors import Exit, StackError, run_main
 from stack.registry import Registry
 from stack.serving import Serving
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             send(serving, good, "good rows")
             send(serving, shifted, f"rows with {column} times {FACTOR}")
             run_id = airflow.trigger(WATCH)
-            with step(f"running {WATCH}") as progress:
+            with Step(f"running {WATCH}") as progress:
                 airflow.follow(
                     WATCH,
                     run_id,
@@ -133,7 +133,7 @@ def wait_for_quiet(airflow: Airflow) -> None:
 def send(serving: Serving, rows: list[Row], what: str) -> None:
     """Sends rows, and returns when they are in the store."""
     stored = serving.stored()
-    with step(f"sending {len(rows)} {what}") as progress:
+    with Step(f"sending {len(rows)} {what}") as progress:
         for place in range(0, len(rows), AT_ONCE):
             body = json.dumps({"dataframe_records": rows[place : place + AT_ONCE]})
             serving.predict(body.encode(), "application/json")
@@ -171,7 +171,7 @@ def wait_for_retraining(airflow: Airflow, known: set[str]) -> list[str]:
         runs = [run for run in airflow.runs(RETRAIN) if run["run_type"] == "asset_triggered"]
         return [run["dag_run_id"] for run in runs if run["dag_run_id"] not in known]
 
-    with step(f"waiting for {RETRAIN}"):
+    with Step(f"waiting for {RETRAIN}"):
         wait_for(lambda: bool(found()), PATIENCE_S, f"a run of {RETRAIN} that the asset triggered")
         # A second one would come with the scheduler's next rounds.
         time.sleep(5)

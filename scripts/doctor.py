@@ -15,7 +15,7 @@ from datetime import datetime
 
 from stack import connect, doctor, instance
 from stack.compose import Compose
-from stack.console import say, step
+from stack.console import Step, say
 from stack.errors import StackError, run_main
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     here = instance.current()
     stack = Compose(here)
-    with step("reading the records"):
+    with Step("reading the records"):
         evidence = _gather(here, stack, arguments.hours)
     findings = doctor.diagnose(evidence)
     if arguments.json:

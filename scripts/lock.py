@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stack.console import step
+from stack.console import Step
 from stack.errors import run_main
 from stack.instance import ROOT, VAR
 from stack.process import capture
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     uv = install_uv()
     for lock in LOCKS:
-        with step(f"resolving {lock.source.relative_to(ROOT)}"):
+        with Step(f"resolving {lock.source.relative_to(ROOT)}"):
             capture(
                 [
                     *(uv, "pip", "compile", "--quiet", "--generate-hashes", "--universal", "--no-header"),
@@ -64,7 +64,7 @@ def install_uv() -> Path:
     """The resolver of the version that the images use, in an environment of its own."""
     folder = VAR / "uv"
     if not (folder / "bin/uv").exists():
-        with step("installing the resolver"):
+        with Step("installing the resolver"):
             capture(["python3", "-m", "venv", folder], timeout=120)
             lock = ROOT / "dockerfiles/base/uv.lock"
             capture([folder / "bin/python", "-m", "pip", "install", "-q", "--require-hashes", "-r", lock], timeout=300)

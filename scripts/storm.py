@@ -25,7 +25,7 @@ from pathlib import Path
 from stack import connect, instance
 from stack.airflow import Airflow
 from stack.compose import Compose
-from stack.console import say, step
+from stack.console import Step, say
 from stack.errors import Exit, StackError, run_main
 from stack.instance import ROOT
 from stack.process import capture
@@ -100,7 +100,7 @@ def run(airflow: Airflow, sleepers: int, hungry: int, seconds: int) -> tuple[flo
     """One run: how long it took, and its id."""
     started = time.monotonic()
     run_id = airflow.trigger(DAG_ID, {"sleepers": sleepers, "hungry": hungry, "seconds": seconds})
-    with step(f"{sleepers} modest and {hungry} hungry tasks") as progress:
+    with Step(f"{sleepers} modest and {hungry} hungry tasks") as progress:
 
         def show(instances: list[dict[str, object]]) -> None:
             states = [str(one["state"]) for one in instances if str(one["task_id"]) in ("modest", "hungry")]

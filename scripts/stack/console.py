@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -13,15 +12,39 @@ talk = Console(stderr=True, highlight=False, soft_wrap=True)
 """For people. Colours and live lines only where stderr is a terminal."""
 
 
+QUIET_S = 30
+"""Seconds that a step in a log may be silent: its reader wants to know that it still goes on."""
+CHANGE_S = 5
+"""Seconds between two lines of a log at the least."""
+
+
 class Step:
-    """A long step that says how far it is: `step.update("3 of 12 healthy")`."""
+    """A long step, entered by `with`: says that it begins, how far it is, and how long it took, failed or not."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._started = time.monotonic()
-        self._last = ""
-        self._last_said = 0.0
+        self._text = ""
+        self._said_at = self._started - CHANGE_S
         self._status = talk.status(f"{title} …") if talk.is_terminal else None
+        self._ended = threading.Event()
+        self._clock = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> Step:
+        if self._status:
+            self._status.start()
+        else:
+            talk.print(f"--> {self._title}", markup=False)
+        self._clock.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended.set()
+        self._clock.join()
+        if self._status:
+            self._status.stop()
+        mark = "[red]✗[/red]" if kind else "[green]✓[/green]"
+        talk.print(f"{mark} {self._title} [dim]{self.seconds:.1f} s[/dim]")
 
     @property
     def seconds(self) -> float:
@@ -29,35 +52,26 @@ class Step:
         return time.monotonic() - self._started
 
     def update(self, text: str) -> None:
-        """Shows what the step is at. Without a terminal: a line at a change, twice a minute at most."""
+        """Shows what the step is at. Without a terminal: at a change, or when nothing was said for QUIET_S."""
+        changed, self._text = text != self._text, text
+        if self._status or (changed and self._silent_for(CHANGE_S)):
+            self._show()
+
+    def _tick(self) -> None:
+        while not self._ended.wait(min(1, QUIET_S)):
+            if self._status or self._silent_for(QUIET_S):
+                self._show()
+
+    def _silent_for(self, seconds: float) -> bool:
+        return time.monotonic() - self._said_at >= seconds
+
+    def _show(self) -> None:
+        text = self._text or "under way"
         if self._status:
             self._status.update(f"{self._title} · {self.seconds:.0f} s · {text}")
-        elif text != self._last and time.monotonic() - self._last_said > 5:
+        else:
             talk.print(f"    {self.seconds:4.0f} s  {text}", markup=False)
-            self._last_said = time.monotonic()
-        self._last = text
-
-
-@contextmanager
-def step(title: str) -> Iterator[Step]:
-    """Announces a step, shows its progress and says how long it took; an error says so, too."""
-    current = Step(title)
-    if current._status:
-        current._status.start()
-    else:
-        talk.print(f"--> {title}", markup=False)
-    try:
-        yield current
-    except BaseException:
-        _finish(current, "[red]✗[/red]", title)
-        raise
-    _finish(current, "[green]✓[/green]", title)
-
-
-def _finish(current: Step, mark: str, title: str) -> None:
-    if current._status:
-        current._status.stop()
-    talk.print(f"{mark} {title} [dim]{current.seconds:.1f} s[/dim]")
+            self._said_at = time.monotonic()
 
 
 def say(text: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stack.console import say, step
+from stack.console import Step, say
 from stack.errors import Exit, StackError
 from stack.host import MIB, Host
 from stack.process import capture, stream
@@ -181,7 +181,7 @@ def install(host: Host) -> None:
     """Installs the engine from the distribution's packages. Changes the host, and says what."""
     packages = PACKAGES[host.os_id, host.os_version]
     say(f"Docker Engine is missing: installing {' '.join(packages)} with apt-get")
-    with step("installing Docker Engine") as progress:
+    with Step("installing Docker Engine") as progress:
         _apt(progress.update, "update")
         if (host.os_id, host.os_version) == ("debian", "12"):
             _add_trixie()
@@ -191,7 +191,7 @@ def install(host: Host) -> None:
 
 def apt_install(*packages: str) -> None:
     """Installs packages of the distribution (the bootstrap's tools). Root on Debian or Ubuntu only."""
-    with step(f"installing {' '.join(packages)}") as progress:
+    with Step(f"installing {' '.join(packages)}") as progress:
         if capture([*_APT, "install", "--no-install-recommends", *packages], timeout=600, check=False).code != 0:
             _apt(progress.update, "update")
             _apt(progress.update, "install", "--no-install-recommends", *packages)
@@ -245,7 +245,7 @@ def _add_trixie() -> None:
 
 def start(host: Host) -> None:
     """Starts the installed engine and waits until it answers. Raises StackError after 90 s."""
-    with step("starting Docker Engine") as progress:
+    with Step("starting Docker Engine") as progress:
         if host.systemd:
             capture(["systemctl", "enable", "--now", "docker"], timeout=120)
         else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stack import engine
-from stack.console import say, step
+from stack.console import Step, say
 from stack.errors import Exit, StackError
 from stack.host import Host
 from stack.instance import ROOT, VAR
@@ -181,7 +181,7 @@ def build(host: Host, settings: Settings, wanted: Mapping[str, str]) -> None:
     # One of an earlier run with sudo would be root's; the directory is not.
     log.unlink(missing_ok=True)
     with (
-        step(f"building {', '.join(wanted)} (first time: about 10 minutes on 2 CPUs)") as progress,
+        Step(f"building {', '.join(wanted)} (first time: about 10 minutes on 2 CPUs)") as progress,
         log.open("w") as out,
     ):
         stages: dict[str, str] = {}
@@ -222,7 +222,7 @@ def base_image(host: Host, settings: Settings) -> str:
     for candidate in (wanted, BOOTSTRAPPED):
         if capture(["docker", "image", "inspect", candidate], timeout=30, check=False).code == 0:
             return candidate
-    with step(f"pulling {wanted}"):
+    with Step(f"pulling {wanted}"):
         pulled = capture(["docker", "pull", "--quiet", wanted], timeout=300, check=False)
         if pulled.code == 0:
             return wanted
@@ -246,7 +246,7 @@ def bootstrap_base(host: Host, settings: Settings) -> None:
     VAR.mkdir(exist_ok=True)
     archive = VAR / "base.tar"
     unneeded = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
-    with step("making a base image with mmdebstrap") as progress:
+    with Step("making a base image with mmdebstrap") as progress:
         code = stream(
             [
                 "mmdebstrap",
@@ -288,7 +288,7 @@ def pull(settings: Settings, wanted: Mapping[str, str]) -> None:
 def _transfer(verb: str, settings: Settings, wanted: Mapping[str, str], *, fix: str) -> None:
     for image, tag in wanted.items():
         full = name(settings, image, tag)
-        with step(f"docker {verb} {full}"):
+        with Step(f"docker {verb} {full}"):
             done = capture(["docker", verb, "--quiet", full], timeout=1800, check=False)
         if done.code != 0:
             raise StackError(

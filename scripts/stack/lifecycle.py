@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stack import compose, dags, engine, host, images, preflight, secrets, settings
 from stack.compose import Compose, Container
-from stack.console import say, step
+from stack.console import Step, say
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
 from stack.plan import Plan
@@ -155,7 +155,7 @@ def start(stack: Compose) -> None:
     # Compose leaves an opt-in service running when its setting is turned off.
     if unwanted := {container.service for container in stack.containers()} - wanted:
         stack.capture("--profile", "*", "rm", "--stop", "--force", *sorted(unwanted), timeout=120)
-    with step(f"starting {len(wanted)} services") as progress, tempfile.TemporaryFile("w+") as output:
+    with Step(f"starting {len(wanted)} services") as progress, tempfile.TemporaryFile("w+") as output:
         up_command = stack.command("up", "--detach", "--remove-orphans", "--no-build", "--pull", "never")
         child = start_process(up_command, output)
         deadline = time.monotonic() + patience
@@ -226,7 +226,7 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
     words = ["down", "--remove-orphans", *(["--volumes"] if volumes else [])]
     # Opt-in services are stopped whatever the setting says now.
     title = "stopping and deleting all data" if volumes else "stopping (data is kept)"
-    with step(title) as progress, tempfile.TemporaryFile("w+") as output:
+    with Step(title) as progress, tempfile.TemporaryFile("w+") as output:
         child = start_process(stack.command("--profile", "*", *words), output)
         deadline = time.monotonic() + STOP_GRACE_S + 100
         while (code := child.poll()) is None:

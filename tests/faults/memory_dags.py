@@ -6,6 +6,7 @@ case, named `fault_<case>`; sizes are MiB, and follow the worker's plan where th
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from airflow.providers.standard.operators.bash import BashOperator
-from airflow.sdk import Param, dag, get_current_context, task
+from airflow.providers.standard.triggers.temporal import TimeDeltaTrigger
+from airflow.sdk import BaseOperator, Param, dag, get_current_context, task
 from airflow.sdk.definitions.retry_policy import RetryDecision, RetryPolicy
 
 MIB = 2**20
@@ -288,6 +290,16 @@ def stops_its_supervisor(ends: bool) -> None:
     time.sleep(1200)
 
 
+def prints() -> str:
+    """As programs and libraries do it."""
+    subprocess.run(["echo", "from a program"], stdout=sys.stdout, check=True)
+    faulthandler.enable()
+    sys.stdout.write(f"in {sys.stdout.encoding}, without an end")
+    sys.stdout.flush()
+    return "printed"
+
+
+case("prints", prints)
 case("allocation", big_array)
 case("grow", grow)
 case("grow_retry", lambda: grow(BUDGET + 96), retries=1, retry_delay=SECOND)
@@ -357,9 +369,20 @@ def queue() -> None:
     large()
 
 
+class Deferred(BaseOperator):
+    """Wakes after a while, with something that it is told only once."""
+
+    def execute(self, context: Any) -> None:
+        print("this is the first half")
+        self.defer(trigger=TimeDeltaTrigger(timedelta(seconds=15)), method_name="wake")
+
+    def wake(self, context: Any, event: Any) -> str:
+        return f"woken with {event}"
+
+
 @dag(dag_id="fault_come_back", max_active_tasks=64)
 def come_back() -> None:
-    """One that leaves too little for longer than a task may wait in its slot, and one that waits."""
+    """One that leaves too little for longer than a task may wait in its slot, and three that wait."""
 
     def sign() -> Path:
         return Path("/tmp") / get_current_context()["run_id"]
@@ -367,7 +390,7 @@ def come_back() -> None:
     @task(retries=0, resources={"ram": CAPACITY - BUDGET})
     def has_most() -> None:
         sign().touch()
-        time.sleep(130)
+        time.sleep(150)
         sign().unlink()
 
     @task(retries=0, execution_timeout=timedelta(minutes=2))
@@ -375,12 +398,21 @@ def come_back() -> None:
         while not sign().exists():
             time.sleep(0.2)
 
+    @task(retries=0)
+    def pause() -> None:
+        """As long as the first half of the other takes; one of the two fits at a time."""
+        time.sleep(3)
+
     @task(retries=0, resources={"ram": CAPACITY})
-    def waits() -> str:
+    def waits(number: int) -> str:
         return "got in"
 
     has_most()
-    first() >> waits()
+    there = first()
+    # While it sleeps they ask before it.
+    deferred = Deferred(task_id="deferred", retries=0)
+    there >> deferred
+    there >> pause() >> waits.expand(number=[0, 1])
 
 
 @dag(dag_id="fault_leak", max_active_tasks=64)

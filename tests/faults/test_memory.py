@@ -97,6 +97,15 @@ def task_processes(stack: StackUnderTest) -> list[str]:
     return [line for line in told.output.splitlines() if not any(word in line for word in own)]
 
 
+def guards(stack: StackUnderTest) -> str:
+    """The guard's process id; empty while there is none."""
+    find = (
+        "from taskguard import linux\n"
+        "print(*[p for p in linux.processes() if linux.command(p).endswith('-m taskguard.guard')])"
+    )
+    return stack.exec(WORKER, "python3", "-c", find).output.strip()
+
+
 # First: it brings the DAG file itself, and takes it away again.
 def test_a_short_storm(stack: StackUnderTest) -> None:
     """`make storm`, one round, with sleepers of five seconds. The full one has 20 rounds of forty."""
@@ -148,6 +157,7 @@ def test_other_ways_to_take_the_worker_down(play: Callable[..., Outcome], case: 
         ("pool_left", "Returned value was: left"),
         ("catches", "Returned value was: recovered"),
         ("daemon", "Done"),
+        ("prints", "from a program"),
         ("line", "cut here"),
         ("record", "cut here"),
         ("lines", "more is not kept"),
@@ -239,15 +249,28 @@ def test_the_guard_keeps_nothing_open(stack: StackUnderTest, play: Callable[...,
 @pytest.mark.usefixtures("unharmed")
 def test_the_guard_comes_back(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
     """Killed, it is started again, and the next hungry task is ended as before."""
-    find = (
-        "from taskguard import linux\n"
-        "print([p for p in linux.processes() if linux.command(p).endswith('-m taskguard.guard')])"
-    )
-    first = stack.exec(WORKER, "python3", "-c", find).output.strip()
-    killed = stack.exec(WORKER, "bash", "-c", f"kill -9 {first.strip('[]')}")
+    first = guards(stack)
+    killed = stack.exec(WORKER, "bash", "-c", f"kill -9 {first}")
     assert killed.code == 0, killed.output
-    wait_until(lambda: stack.exec(WORKER, "python3", "-c", find).output.strip() not in (first, "[]"), 30, "a new guard")
+    wait_until(lambda: guards(stack) not in (first, ""), 30, "a new guard")
     assert OUT_OF_MEMORY in play("grow").logs[0]
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_task_that_began_without_a_guard(stack: StackUnderTest, airflow: Airflow) -> None:
+    """The guard ends while a task reads its DAG file: the next one lets it in by what it asks, and lives on."""
+    with dag_file(stack, "tests/faults/slow_dag.py"):
+        airflow.wait_for_dag("fault_slow")
+        airflow.set_paused("fault_slow", False)
+        run_id = airflow.trigger("fault_slow")
+        wait_until(lambda: task_processes(stack), 60, "it reads its file")
+        first = guards(stack)
+        killed = stack.exec(WORKER, "bash", "-c", f"kill -9 {first}")
+        assert killed.code == 0, killed.output
+        second = wait_until(lambda: guards(stack) not in (first, "") and guards(stack), 30, "a new guard")
+        assert airflow.follow("fault_slow", run_id, patience=120) == "success"
+        assert "Memory budget: " in airflow.task_log("fault_slow", run_id, "it")
+        assert guards(stack) == second
 
 
 def test_a_lost_pool_process_costs_one_attempt(stack: StackUnderTest, play: Callable[..., Outcome]) -> None:
@@ -293,19 +316,26 @@ def test_the_kernels_kill_is_told(stack: StackUnderTest, play: Callable[..., Out
 
 @pytest.mark.usefixtures("unharmed")
 def test_who_waits_too_long_keeps_its_place(play: Callable[..., Outcome], airflow: Airflow) -> None:
-    """After 100 s a waiting task gives its slot back, before Airflow or Celery would take it away, comes
-    back, and gets in without having used up an attempt."""
-    assert play("come_back", patience=300).state == "success"
-    (run,) = airflow.call("GET", "/dags/fault_come_back/dagRuns", params={"order_by": "-start_date", "limit": 1})[
-        "dag_runs"
-    ]
-    log = airflow.task_log("fault_come_back", run["dag_run_id"], "waits")
-    assert "Waiting for memory: this task needs" in log
-    assert "it gives its slot back, keeps its place, and comes again" in log
-    (waited,) = [
-        one for one in airflow.task_instances("fault_come_back", run["dag_run_id"]) if one["task_id"] == "waits"
-    ]
-    assert waited["try_number"] == 1
+    """After 100 s a task that waits behind another gives its slot back, before Airflow or Celery would take it
+    away, comes back, and gets in without having used up an attempt. The first of the queue stays, or small ones
+    would get in instead for ever, and so does one that was deferred: it would begin anew, without its event."""
+    dag_id = "fault_come_back"
+    assert play("come_back", patience=400).state == "success"
+    run_id = airflow.runs(dag_id)[0]["dag_run_id"]
+    found = airflow.task_instances(dag_id, run_id)
+    assert {one["try_number"] for one in found} == {1}
+
+    def log(task_id: str, map_index: int = -1) -> str:
+        return airflow.task_log(dag_id, run_id, task_id, map_index=map_index)
+
+    waited = [log("waits", number) for number in (0, 1)]
+    assert all("Waiting for memory: this task needs" in one for one in waited)
+    assert sorted("it gives its slot back, keeps its place, and comes again" in one for one in waited) == [False, True]
+    deferred = log("deferred")
+    assert "Waiting for memory: this task needs" in deferred.partition("first half")[2]
+    assert "it gives its slot back" not in deferred
+    assert deferred.count("this is the first half") == 1
+    assert "woken with" in airflow.xcom(dag_id, run_id, "deferred")
 
 
 @pytest.mark.long

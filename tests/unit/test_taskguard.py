@@ -3,6 +3,7 @@ what is told."""
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,34 @@ def test_nobody_has_to_go_while_the_head_waits_for_those_inside() -> None:
     assert door.in_the_way() is None
 
 
+def test_whoever_asks_again_does_not_wait_for_itself() -> None:
+    """The grant did not reach it."""
+    door: Admission[str] = Admission(100)
+    door.ask("it", 80, since=1)
+    assert door.admit() == ["it"]
+    door.ask("it", 80, since=2)
+    assert door.admit() == ["it"]
+    assert door.committed == 80
+
+
+def test_the_first_and_those_who_cannot_come_back_are_not_sent_away() -> None:
+    door: Admission[str] = Admission(100)
+    door.ask("inside", 90, since=0)
+    door.admit()
+    door.ask("head", 100, since=1, held=5)
+    door.ask("resumed", 20, since=2, held=5, stays=True)
+    door.ask("small", 5, since=3, held=5)
+    assert door.behind() == ["small"]
+    door.leave("small")
+    assert door.in_the_way() is None
+    assert door.admit() == []
+    door.leave("inside")
+    assert door.admit() == ["head"], "what those who stay hold is no reason to wait for ever"
+    assert door.admit() == []
+    door.leave("head")
+    assert door.admit() == ["resumed"]
+
+
 def test_the_ledger_outlives_its_process(tmp_path: Path) -> None:
     """Runs, the highest peak and the last figures; after closing and opening again."""
     ledger = Ledger(tmp_path / "ledger.db")
@@ -122,6 +151,41 @@ def test_a_damaged_ledger_is_put_aside(tmp_path: Path) -> None:
     assert (tmp_path / "ledger.db.damaged").exists()
     with pytest.raises(sqlite3.DatabaseError):
         sqlite3.connect(tmp_path / "ledger.db.damaged").execute("SELECT * FROM task")
+
+
+def test_a_ledger_that_cannot_be_opened_is_left_alone(tmp_path: Path) -> None:
+    """No room, or no access: that says nothing about the file. The guard counts on."""
+    whole = tmp_path / "ledger.db"
+    first = Ledger(whole)
+    first.record(ran(), 100, 192, None, overrun=False)
+    first.close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        full = Ledger(whole)
+        full.record(ran(), 200, 192, None, overrun=False)
+        full.record_overrun(ran(), 192, 200, "told")
+        assert full.last_overrun(ran(try_number=2)) in (None, 192)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "ledger.db.damaged").exists()
+    (row,) = Ledger(whole).tasks()
+    assert row["peak"] == 100
+
+
+def test_a_disk_that_fills_up_costs_figures_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        for number in range(3):
+            ledger.record_overrun(ran(number), 192, 200, "told")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caplog.text.count("not written down at the moment") == 1
+    ledger.record_overrun(ran(7), 192, 200, "told")
+    ledger.close()
+    assert 7 in [row["map_index"] for row in Ledger(tmp_path / "ledger.db").overruns()]
 
 
 def figures(**words: Any) -> Figures:

@@ -21,6 +21,8 @@ class Waiting:
     since: float
     held: int
     """What it takes already while it waits: its imports."""
+    stays: bool = False
+    """It cannot go and come back."""
 
 
 @dataclass
@@ -45,9 +47,11 @@ class Admission(Generic[Key]):
         """Whether a task of this size can ever run here."""
         return budget <= self.capacity
 
-    def ask(self, key: Key, budget: int, since: float, held: int = 0) -> None:
+    def ask(self, key: Key, budget: int, since: float, held: int = 0, *, stays: bool = False) -> None:
         """Queues a task. `since`: its place; a task that comes back keeps its old one."""
-        self.waiting[key] = Waiting(budget, since, held)
+        # It asks again where the answer did not reach it, and must not wait for itself.
+        self.granted.pop(key, None)
+        self.waiting[key] = Waiting(budget, since, held, stays)
 
     def leave(self, key: Key) -> None:
         """Forgets a task: it has ended, or waits no more."""
@@ -63,12 +67,18 @@ class Admission(Generic[Key]):
         for key in self._order():
             budget = self.waiting[key].budget
             others = sum(one.held for other, one in self.waiting.items() if other != key)
-            if self.committed + others + budget > self.capacity:
+            # Where nothing runs, waiting for those who stay would be for ever. What they hold is little.
+            nobody_leaves = not self.granted and all(one.stays for other, one in self.waiting.items() if other != key)
+            if self.committed + others + budget > self.capacity and not nobody_leaves:
                 break
             del self.waiting[key]
             self.granted[key] = budget
             admitted.append(key)
         return admitted
+
+    def behind(self) -> list[Key]:
+        """Who waits behind the first and may be sent away, to come back."""
+        return [key for key in self._order()[1:] if not self.waiting[key].stays]
 
     def in_the_way(self) -> Key | None:
         """The last in the queue, if the head does not fit only because of what others hold while they
@@ -76,4 +86,4 @@ class Admission(Generic[Key]):
         order = self._order()
         if len(order) < 2 or self.committed + self.waiting[order[0]].budget > self.capacity:
             return None
-        return next((key for key in reversed(order[1:]) if self.waiting[key].held), None)
+        return next((key for key in reversed(self.behind()) if self.waiting[key].held), None)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import resource
 import selectors
@@ -72,8 +73,9 @@ MAX_LOG = 16 * MIB
 """To read one of 100 MB the API server takes 900. taskguard.output keeps what Python writes below half
 of this; what a program writes past Python's streams meets this end."""
 WAIT_S = 100.0
-"""Below task_queued_timeout (120 s): then the task gives its slot back and comes again, keeping its
-place in the queue."""
+"""Below task_queued_timeout (120 s): then a task behind others gives its slot back and comes again, keeping
+its place in the queue. The first of the queue stays, or those behind it would take what it waits for, and so
+does one that cannot begin anew (listener); they are told again why they wait."""
 TICKET_S = 600.0
 OF_MEMORY = ("budget", "allocation", "kernel")
 """Kinds of overrun that more memory would mend: these count, and a retry gets more."""
@@ -105,6 +107,8 @@ class Watch:
     """Monotonic."""
     budget: int
     """MiB."""
+    told_at: float = -math.inf
+    """Monotonic: when it was told last that it waits."""
     source: str = "the plan's share of each task"
     instance: Instance | None = None
     log: Path | None = None
@@ -208,7 +212,8 @@ class Guard:
             answer = self._handle(str(message.get("op")), message, pid, link, descriptors)
             if answer is not None:
                 protocol.send(link, answer)
-        except (OSError, KeyError, TypeError, ValueError):
+        except Exception:
+            # Whatever it is: without the guard nobody is limited.
             log.exception("a message from process %s could not be served: %s", pid, message)
             self._hang_up(link)
 
@@ -324,7 +329,10 @@ class Guard:
 
     def _ask(self, watch: Watch, message: dict[str, Any], link: socket.socket) -> dict[str, Any] | None:
         """A task knows what it wants, and asks to begin. The answer may come much later."""
-        assert watch.instance is not None
+        if watch.leader is None:
+            # Its start was told to a guard that is gone.
+            self._start(watch, protocol.peer(link), message, [])
+        instance = Instance.of(message["instance"])
         watch.declared = None if message.get("ram") is None else int(message["ram"])
         budget, source = self.default, watch.source
         if watch.declared is not None and watch.declared != self.default:
@@ -332,22 +340,22 @@ class Guard:
         notes = []
         if not self.admission.possible(budget):
             return {"never": explain.never(budget, self.admission.capacity)}
-        earlier = self.ledger.last_overrun(watch.instance) if watch.instance.try_number > 1 else None
+        earlier = self.ledger.last_overrun(instance) if instance.try_number > 1 else None
         if earlier is not None and self.larger_retries:
             larger = min(self.admission.capacity, 2 * earlier)
             if larger > budget:
                 notes.append(
-                    f"Attempt {watch.instance.try_number}: {earlier} MiB were too little before; "
+                    f"Attempt {instance.try_number}: {earlier} MiB were too little before; "
                     f"this time the budget is {larger} MiB"
                 )
                 budget, source = larger, f"raised after an overrun with {earlier} MiB"
         watch.budget, watch.source = budget, source
-        since = self.tickets.pop(watch.instance, time.monotonic())
-        self.admission.ask(watch.supervisor, budget, since, held=watch.used // MIB)
+        since = self.tickets.pop(instance, time.monotonic())
+        stays = bool(message.get("stays"))
+        self.admission.ask(watch.supervisor, budget, since, held=watch.used // MIB, stays=stays)
         self.links[watch.supervisor] = link
+        watch.told_at = -math.inf
         self._admit(notes={watch.supervisor: notes})
-        if watch.supervisor in self.admission.waiting:
-            protocol.send(link, {"wait": self._door(watch)})
         return None
 
     def _door(self, watch: Watch) -> str:
@@ -376,7 +384,7 @@ class Guard:
                 {"granted": watch.budget, "source": watch.source, "notes": (notes or {}).get(supervisor, [])},
             )
         now = time.monotonic()
-        late = {key for key in self.admission.waiting if now - self._asked(key) > WAIT_S}
+        late = {key for key in self.admission.behind() if now - self.watches[key].since > WAIT_S}
         blocking = self.admission.in_the_way()
         for supervisor in late | ({blocking} if blocking is not None else set()):
             waiting = self.admission.waiting.pop(supervisor)
@@ -384,11 +392,13 @@ class Guard:
             if instance:
                 self.tickets[instance] = waiting.since
             self._reply(supervisor, {"later": True})
+        for supervisor in self.admission.waiting:
+            watch = self.watches[supervisor]
+            if now - watch.told_at > WAIT_S:
+                watch.told_at = now
+                with contextlib.suppress(OSError, KeyError):
+                    protocol.send(self.links[supervisor], {"wait": self._door(watch)})
         self.tickets = {key: since for key, since in self.tickets.items() if now - since < TICKET_S}
-
-    def _asked(self, supervisor: int) -> float:
-        watch = self.watches.get(supervisor)
-        return watch.since if watch else 0.0
 
     def _reply(self, supervisor: int, answer: dict[str, Any]) -> None:
         link = self.links.pop(supervisor, None)

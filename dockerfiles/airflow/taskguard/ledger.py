@@ -5,11 +5,16 @@ Peaks are MiB. At most MAX_TASKS tasks and MAX_OVERRUNS overruns are kept, the o
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sqlite3
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("taskguard")
 
 MAX_TASKS = 5000
 MAX_OVERRUNS = 2000
@@ -61,11 +66,20 @@ class Ledger:
     def __init__(self, path: Path | str) -> None:
         try:
             self._open(path)
+        except sqlite3.OperationalError as error:
+            # No room, or no access: the file may be whole.
+            log.warning(
+                "what tasks need is not kept until the worker's next start: %s cannot be opened: %s", path, error
+            )
+            self._open(":memory:")
         except sqlite3.DatabaseError:
             # Figures, not data: a damaged file is put aside, and counting begins anew.
             Path(path).replace(f"{path}.damaged")
+            for rest in ("-wal", "-shm"):
+                Path(f"{path}{rest}").unlink(missing_ok=True)
             self._open(path)
         self._written = time.monotonic()
+        self._failing = False
 
     def _open(self, path: Path | str) -> None:
         self._file = sqlite3.connect(path, timeout=2)
@@ -73,42 +87,57 @@ class Ledger:
         self._file.execute("PRAGMA synchronous=NORMAL")
         self._file.executescript(_SCHEMA)
 
+    @contextlib.contextmanager
+    def _at_best(self) -> Iterator[None]:
+        """Figures, again: with a full disk the guard goes on without writing them, and says so once."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            if not self._failing:
+                log.warning("what tasks need is not written down at the moment: %s", error)
+            self._failing = True
+            self._written = time.monotonic()
+
     def record(self, instance: Instance, peak: int, budget: int, declared: int | None, overrun: bool) -> None:
         """One run of a task: its peak, what it was given, what its DAG asked for."""
-        self._file.execute(
-            "INSERT INTO task VALUES (?, ?, 1, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-            "runs = runs + 1, peak = max(peak, excluded.peak), recent = recent * 0.8 + excluded.peak * 0.2, "
-            "last = excluded.last, budget = excluded.budget, declared = excluded.declared, "
-            "overruns = overruns + excluded.overruns, seen = excluded.seen",
-            (instance.dag_id, instance.task_id, peak, peak, peak, budget, declared, int(overrun), time.time()),
-        )
+        with self._at_best():
+            self._file.execute(
+                "INSERT INTO task VALUES (?, ?, 1, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "runs = runs + 1, peak = max(peak, excluded.peak), recent = recent * 0.8 + excluded.peak * 0.2, "
+                "last = excluded.last, budget = excluded.budget, declared = excluded.declared, "
+                "overruns = overruns + excluded.overruns, seen = excluded.seen",
+                (instance.dag_id, instance.task_id, peak, peak, peak, budget, declared, int(overrun), time.time()),
+            )
 
     def record_overrun(self, instance: Instance, budget: int, peak: int, told: str) -> None:
         """A task that wanted more than its budget; `told`: what its log says."""
-        self._file.execute(
-            "INSERT OR REPLACE INTO overrun VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                instance.dag_id,
-                instance.task_id,
-                instance.run_id,
-                instance.map_index,
-                instance.try_number,
-                budget,
-                peak,
-                time.time(),
-                told,
-            ),
-        )
+        with self._at_best():
+            self._file.execute(
+                "INSERT OR REPLACE INTO overrun VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    instance.dag_id,
+                    instance.task_id,
+                    instance.run_id,
+                    instance.map_index,
+                    instance.try_number,
+                    budget,
+                    peak,
+                    time.time(),
+                    told,
+                ),
+            )
         self.write(at_once=True)
 
     def last_overrun(self, instance: Instance) -> int | None:
         """The budget that an earlier attempt of this instance found too small."""
-        row = self._file.execute(
-            "SELECT max(budget) FROM overrun WHERE dag_id = ? AND task_id = ? AND run_id = ? AND map_index = ? "
-            "AND try_number < ?",
-            (instance.dag_id, instance.task_id, instance.run_id, instance.map_index, instance.try_number),
-        ).fetchone()
-        return None if row[0] is None else int(row[0])
+        with self._at_best():
+            row = self._file.execute(
+                "SELECT max(budget) FROM overrun WHERE dag_id = ? AND task_id = ? AND run_id = ? AND map_index = ? "
+                "AND try_number < ?",
+                (instance.dag_id, instance.task_id, instance.run_id, instance.map_index, instance.try_number),
+            ).fetchone()
+            return None if row[0] is None else int(row[0])
+        return None
 
     @property
     def pending(self) -> bool:
@@ -120,16 +149,18 @@ class Ledger:
         now = time.monotonic()
         if not self.pending or (not at_once and now - self._written < self.COMMIT_S):
             return
-        for table, order, most in (("task", "seen", MAX_TASKS), ("overrun", "at", MAX_OVERRUNS)):
-            (count,) = self._file.execute(f"SELECT count(*) FROM {table}").fetchone()
-            if count > most:
-                self._file.execute(
-                    f"DELETE FROM {table} WHERE {order} <= "
-                    f"(SELECT {order} FROM {table} ORDER BY {order} DESC LIMIT 1 OFFSET ?)",
-                    (most,),
-                )
-        self._file.commit()
-        self._written = now
+        with self._at_best():
+            for table, order, most in (("task", "seen", MAX_TASKS), ("overrun", "at", MAX_OVERRUNS)):
+                (count,) = self._file.execute(f"SELECT count(*) FROM {table}").fetchone()
+                if count > most:
+                    self._file.execute(
+                        f"DELETE FROM {table} WHERE {order} <= "
+                        f"(SELECT {order} FROM {table} ORDER BY {order} DESC LIMIT 1 OFFSET ?)",
+                        (most,),
+                    )
+            self._file.commit()
+            self._written = now
+            self._failing = False
 
     def tasks(self) -> list[dict[str, Any]]:
         """Every task, the hungriest first."""
@@ -146,5 +177,6 @@ class Ledger:
 
     def close(self) -> None:
         """Commits and closes."""
-        self._file.commit()
+        with self._at_best():
+            self._file.commit()
         self._file.close()

@@ -100,7 +100,6 @@ class Process:
     pid: int
     parent: int
     group: int
-    started: int
     name: str
     zombie: bool
     ticks: int
@@ -119,7 +118,6 @@ def process(pid: int) -> Process | None:
         pid,
         int(fields[1]),
         int(fields[2]),
-        int(fields[19]),
         head.partition("(")[2],
         fields[0] in ("Z", "X"),
         int(fields[11]) + int(fields[12]),

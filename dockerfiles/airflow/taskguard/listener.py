@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -29,10 +30,12 @@ COME_BACK_S = 5
 """When a task gave its slot back for want of memory."""
 STANDARD_OUTPUT = 1
 TURN_S = 150.0
-"""More than the guard lets anyone wait (guard.WAIT_S)."""
+"""More than the guard lets anyone wait without a word (guard.WAIT_S)."""
 
 log = logging.getLogger("taskguard")
 _link: socket.socket | None = None
+_instance: dict[str, Any] = {}
+"""This task's name."""
 
 
 def _is_task(component: object) -> bool:
@@ -75,8 +78,9 @@ def on_starting(component: object) -> None:
 
     known = get_contextvars()
     keys = ("dag_id", "task_id", "run_id", "map_index", "try_number")
+    _instance.update({key: known.get(key, -1) for key in keys})
     # Its own, not sys.stdout's: the pool process reads it until nobody holds it open any more.
-    _ask({"op": "start", "instance": {key: known.get(key, -1) for key in keys}}, [STANDARD_OUTPUT])
+    _ask({"op": "start", "instance": _instance}, [STANDARD_OUTPUT])
 
 
 def _forked() -> None:
@@ -104,10 +108,7 @@ def on_task_instance_running(previous_state: object, task_instance: Any) -> None
     task = task_instance.task
     resources = getattr(task, "resources", None)
     ram = resources.ram.qty if resources is not None else None
-    answer = _ask({"op": "admit", "ram": ram})
-    while "wait" in answer:
-        log.info("%s", answer["wait"])
-        answer = _turn()
+    answer = _admission(ram, stays=_goes_on(task_instance))
     for note in answer.get("notes", []):
         log.warning("%s", note)
     if "granted" in answer:
@@ -115,6 +116,26 @@ def on_task_instance_running(previous_state: object, task_instance: Any) -> None
     elif "never" in answer or "later" in answer:
         # An exception here would only be logged; one from pre_execute decides.
         _instead(task, answer)
+
+
+def _goes_on(task_instance: Any) -> bool:
+    """Whether this is the second half of a task that was deferred, or waited for a person: what it was woken
+    with is lost if it is sent away, and it would begin anew."""
+    context = getattr(task_instance, "_ti_context_from_server", None)
+    return bool(getattr(context, "next_method", None))
+
+
+def _admission(ram: int | None, *, stays: bool) -> dict[str, Any]:
+    """The guard's last word, after as much waiting as it takes."""
+    while True:
+        answer = _ask({"op": "admit", "ram": ram, "stays": stays, "instance": _instance})
+        while "wait" in answer:
+            log.info("%s", answer["wait"])
+            answer = _turn()
+        if "later" not in answer or not stays:
+            return answer
+        # The guard went away meanwhile. It comes back within seconds; without one the task goes on.
+        time.sleep(COME_BACK_S)
 
 
 def _turn() -> dict[str, Any]:

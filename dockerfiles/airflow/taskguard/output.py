@@ -75,6 +75,25 @@ class _Lines(io.TextIOBase):
     def writable(self) -> bool:
         return True
 
+    # The base class has these itself, and would say that there is no such thing.
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(self._stream.encoding)
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        return str(self._stream.errors)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 

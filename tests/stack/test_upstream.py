@@ -97,22 +97,6 @@ def test_the_schedulers_pause_is_found_in_its_module(stack: StackUnderTest) -> N
     )
 
 
-def test_celery_keeps_result_connections_where_it_was_forked(stack: StackUnderTest) -> None:
-    """wakeup.scheduler says so of the scheduler."""
-    in_airflow(
-        stack,
-        "from airflow.providers.celery.executors.celery_executor_utils import app\n"
-        "from wakeup import scheduler\n"
-        "def engine():\n"
-        "    with app.backend.ResultSession() as session:\n"
-        "        return session.get_bind()\n"
-        "assert engine() is not engine()\n"
-        "scheduler.keep_result_connection()\n"
-        "assert engine() is engine()\n",
-        SCHEDULER,
-    )
-
-
 def test_the_scheduler_reads_how_often_a_queued_task_is_queued_again(stack: StackUnderTest) -> None:
     """[scheduler] num_stuck_in_queued_retries stands in its code and nowhere else."""
     in_airflow(

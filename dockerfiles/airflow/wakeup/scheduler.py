@@ -1,10 +1,8 @@
-"""`airflow scheduler`, with three changes to what costs it time (`python3 -m wakeup.scheduler`).
+"""`airflow scheduler`, with two changes to what costs it time (`python3 -m wakeup.scheduler`).
 
 - Its pause between two rounds in which nothing happened ends when the database says that something
   did. The loop calls `time.sleep`, found in its own module; there is no setting or hook for it. Where
   the database is away, and with a scheduler that pauses otherwise, the pause is a plain one.
-- It keeps its connection to Celery's results. Celery does so in pool processes, and makes a new one for
-  each look anywhere else: 8 ms and a process of Postgres's each time.
 - It rests for a moment in each round while tasks wait for a slot of the worker, which is sent enough for
   that time (wakeup.pace). Each task's end is worth a round otherwise, which could start nothing: four times
   the CPU for a task of a fan-out.
@@ -78,16 +76,6 @@ class Clock:
         self._connection = None
 
 
-def keep_result_connection() -> None:
-    """Has Celery treat this process as one of its pool, which keeps its connections."""
-    from airflow.providers.celery.executors.celery_executor_utils import app
-
-    try:
-        app.backend.session_manager.forked = True
-    except AttributeError as error:
-        log.warning("the connection to Celery's results is made anew for each look: %s", error)
-
-
 def rest_while_tasks_wait(pace: Pace) -> None:
     """Has the executor rest once a round while the worker has more tasks than slots: one that ends is
     followed by one that waits there, and the next round finds several ended ones at once."""
@@ -112,7 +100,6 @@ def main() -> None:
     from airflow.jobs import scheduler_job_runner
 
     scheduler_job_runner.time = Clock(conf.get_mandatory_value("database", "sql_alchemy_conn"))
-    keep_result_connection()
     pace = Pace(conf.getint("celery", "worker_concurrency"), conf.getint("core", "parallelism"))
     rest_while_tasks_wait(pace)
     # The scheduler has a bound of its own, which is read once. The executor's, set by now, is the lower one.

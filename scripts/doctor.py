@@ -47,8 +47,8 @@ def _gather(here: instance.Instance, stack: Compose, hours: float) -> doctor.Evi
     since = time.time() - hours * 3600
     try:
         airflow, _ = connect.airflow(here)
-    except StackError:
-        return doctor.gather(stack, None, since)
+    except StackError as error:
+        return doctor.gather(stack, error, since)
     with airflow:
         return doctor.gather(stack, airflow, since)
 

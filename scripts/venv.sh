@@ -38,7 +38,9 @@ if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo 'python3-venv is missing: installing it with apt-get' >&2
     export DEBIAN_FRONTEND=noninteractive
-    { apt-get -qy update || true; apt-get -qy install --no-install-recommends python3-venv; } >&2
+    { apt-get -qy update || true; apt-get -qy install --no-install-recommends python3-venv; } >&2 ||
+      refuse E-PYTHON 'python3-venv could not be installed' "apt-get's own words are above" \
+        'install python3-venv, then run the same command again'
   else
     refuse E-PYTHON 'python3 lacks the venv module' 'Debian and Ubuntu package it apart' \
       'sudo apt-get install python3-venv'
@@ -49,7 +51,9 @@ echo "--> preparing the Python environment ${VENV:-var/venv}" >&2
 mkdir -p "$root/var"
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 for lock in $due; do
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock" >&2 ||
+    refuse E-PIP "the packages of $lock could not be installed" "pip's own words are above" \
+      'see that pip reaches its index (docs/operate.md, mirrors and certificates), then run the same command again'
   cp "$lock" "$(stamp "$lock")"
 done
 # Under sudo it belongs to the owner of the clone all the same.

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from stack.answers import good
+from stack.answers import Client, good
 from stack.errors import Exit, StackError
 
 FINISHED = ("success", "failed")
@@ -22,7 +22,7 @@ class Airflow:
 
     def __init__(self, url: str, user: str, password: str) -> None:
         self.url = url
-        self._http = httpx.Client(base_url=url, timeout=30)
+        self._http = Client("Airflow", url)
         token = self._http.post("/auth/token", json={"username": user, "password": password})
         if token.status_code not in (200, 201):
             raise StackError(

@@ -292,8 +292,8 @@ def _moment(text: str) -> float:
 # --- reading
 
 
-def gather(stack: Compose, airflow: Airflow | None, since: float) -> Evidence:
-    """Reads every record of the stack since a moment."""
+def gather(stack: Compose, airflow: Airflow | StackError, since: float) -> Evidence:
+    """Reads every record of the stack since a moment; in Airflow's place stands why it cannot be asked."""
     evidence = Evidence(since)
     found = stack.containers()
     evidence.names = {one.id: one.service for one in found}
@@ -317,8 +317,8 @@ def gather(stack: Compose, airflow: Airflow | None, since: float) -> Evidence:
         evidence.overruns = observed.read(stack, since).overruns
     except StackError as error:
         evidence.unread.append(f"the tasks' record: {error.what}")
-    if airflow is None:
-        evidence.unread.append("Airflow's records: its API does not answer")
+    if isinstance(airflow, StackError):
+        evidence.unread.append(f"Airflow's records: {airflow.what}")
     else:
         evidence.killed_tasks = _killed(airflow, since)
     return evidence

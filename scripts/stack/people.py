@@ -12,7 +12,7 @@ import httpx
 
 from stack import connect
 from stack.airflow import Airflow
-from stack.answers import good
+from stack.answers import Client, good
 from stack.errors import StackError
 from stack.instance import Instance
 from stack.settings import Settings
@@ -51,7 +51,7 @@ class People:
         self._airflow: Airflow = self._open.enter_context(airflow)
         self.settings: Settings = chosen
         login = (chosen.admin_user, connect.admin_password(here))
-        self._mlflow = self._open.enter_context(httpx.Client(base_url=chosen.mlflow_url, auth=login, timeout=30))
+        self._mlflow = self._open.enter_context(Client("MLflow", chosen.mlflow_url, auth=login))
 
     def __enter__(self) -> People:
         return self

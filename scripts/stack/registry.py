@@ -6,14 +6,14 @@ from typing import Any
 
 import httpx
 
-from stack.answers import good
+from stack.answers import Client, good
 
 
 class Registry:
-    """MLflow with a person's login. A context manager; each call raises StackError (E-MLFLOW-API)."""
+    """MLflow with a person's login. A context manager; each call raises StackError (E-MLFLOW-API, E-NO-STACK)."""
 
     def __init__(self, url: str, user: str, password: str) -> None:
-        self._http = httpx.Client(base_url=url, auth=(user, password), timeout=30)
+        self._http = Client("MLflow", url, auth=(user, password))
 
     def __enter__(self) -> Registry:
         return self

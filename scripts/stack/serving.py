@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from stack.answers import good
+from stack.answers import Client, good
 from stack.errors import Exit, StackError
 
 REFUSED = (400, 413, 415, 422)
@@ -18,8 +18,7 @@ class Serving:
     """The predictions' API with its token. A context manager; each call raises StackError where it cannot be had."""
 
     def __init__(self, url: str, token: str) -> None:
-        self.url = url
-        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        self._http = Client("serving", url, headers={"Authorization": f"Bearer {token}"})
 
     def __enter__(self) -> Serving:
         return self
@@ -43,15 +42,7 @@ class Serving:
         return int(float(told[1])) if told else 0
 
     def _ask(self, method: str, path: str, **words: Any) -> httpx.Response:
-        try:
-            answer = self._http.request(method, path, **words)
-        except httpx.HTTPError as error:
-            raise StackError(
-                "E-NO-STACK",
-                f"serving does not answer at {self.url}",
-                why=f"{type(error).__name__}: {error}",
-                fix="make up, then make status",
-            ) from error
+        answer = self._http.request(method, path, **words)
         told = answer.json() if answer.headers.get("content-type") == "application/json" else {}
         if told.get("error") == "NO_MODEL":
             raise StackError(

@@ -162,11 +162,10 @@ def bare_host(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def venv(clone: Path) -> subprocess.CompletedProcess[str]:
+def venv(clone: Path, **more: str) -> subprocess.CompletedProcess[str]:
     words = [str(clone / "bin/sh"), "scripts/venv.sh", "x.lock"]
-    return subprocess.run(
-        words, cwd=clone, env={"PATH": str(clone / "bin")}, capture_output=True, text=True, check=False
-    )
+    variables = {"PATH": str(clone / "bin"), **more}
+    return subprocess.run(words, cwd=clone, env=variables, capture_output=True, text=True, check=False)
 
 
 def test_a_host_without_python_is_refused_unchanged(bare_host: Path) -> None:
@@ -185,6 +184,15 @@ def test_an_old_python_is_refused_unchanged(bare_host: Path) -> None:
     assert done.returncode == 3, done
     assert "Python 3.8.1 is too old" in done.stderr
     assert not (bare_host / "var").exists()
+
+
+def test_packages_that_cannot_be_had_are_refused_with_pips_words(bare_host: Path) -> None:
+    (bare_host / "x.lock").write_text("nowhere==1.0 --hash=sha256:" + "0" * 64 + "\n")
+    done = venv(bare_host, PATH=os.environ["PATH"], PIP_NO_INDEX="1")
+    assert done.returncode == 3, done
+    assert "No matching distribution" in done.stderr
+    assert "error[E-PIP]: the packages of x.lock could not be installed" in done.stderr
+    assert not (bare_host / "var/venv/.x.lock").exists()
 
 
 def test_a_current_environment_is_left_alone(bare_host: Path) -> None:

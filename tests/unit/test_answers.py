@@ -1,0 +1,38 @@
+"""The client of the programs, where nobody answers."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from stack.answers import Client
+from stack.errors import Exit, StackError
+
+
+class Empty(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_service_that_does_not_answer_is_an_error_of_ours() -> None:
+    """At the first question nothing can have been changed; later something can."""
+    server = HTTPServer(("127.0.0.1", 0), Empty)
+    url = f"http://127.0.0.1:{server.server_port}"
+    answers = threading.Thread(target=server.handle_request)
+    answers.start()
+    with Client("Airflow", url) as late:
+        assert late.get("/").status_code == 204
+        answers.join()
+        server.server_close()
+        with pytest.raises(StackError, match="Airflow does not answer") as later:
+            late.get("/")
+    with Client("Airflow", url) as never, pytest.raises(StackError, match="Airflow does not answer") as first:
+        never.get("/")
+    assert (first.value.code, first.value.exit_code) == ("E-NO-STACK", Exit.PRECONDITION)
+    assert (later.value.code, later.value.exit_code) == ("E-NO-STACK", Exit.FAILED)

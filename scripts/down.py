@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
         # What runs is what .env says; stack.env may have been given another name since.
         prepared = here.env_file.exists()
         project = compose.Compose(here).project if prepared else settings.load(here.settings_file).stack_name
+        if not prepared:
+            check_owner(here, project)
         if not arguments.yes:
             confirm(project, compose.volumes(project))
         if not here.env_file.exists():
@@ -40,6 +42,21 @@ def main(argv: Sequence[str]) -> int:
         here.env_file.unlink(missing_ok=True)
         say("deleted: containers, volumes, secrets. stack.env, images and your DAGs are kept")
     return 0
+
+
+def check_owner(here: instance.Instance, project: str) -> None:
+    """Without .env only a name says whose data it is. Raises StackError (E-NOT-YOURS) where it may be another's."""
+    others = {path for path in compose.directories(project) if path != here.directory and (path / ".env").exists()}
+    if not others and (here.directory == instance.ROOT or here.settings_file.exists()):
+        return
+    raise StackError(
+        "E-NOT-YOURS",
+        f"{here.directory} has no stack, and {project} may be another's",
+        why=f"containers of {project} belong to {', '.join(map(str, sorted(others)))}"
+        if others
+        else f"there is neither stack.env nor .env in {here.directory}",
+        fix="correct STACK_DIR; for a stack whose directory is lost, write its STACK_NAME into a stack.env there",
+    )
 
 
 def confirm(project: str, volumes: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stack import dags
@@ -59,7 +60,9 @@ def environment(instance: Instance, settings: Settings, plan: Plan, tags: Mappin
         "PLUGINS_DIR": folder(settings.plugins_dir),
         "ADMIN_USER": settings.admin_user,
         "BIND_ADDRESS": settings.bind_address,
+        "AIRFLOW_URL": settings.airflow_url,
         "AIRFLOW_PORT": str(settings.airflow_port),
+        "MLFLOW_URL": settings.mlflow_url,
         "MLFLOW_PORT": str(settings.mlflow_port),
         "FLOWER_PORT": str(settings.flower_port),
         "SERVING_PORT": str(settings.serving_port),
@@ -220,6 +223,16 @@ def failed(found: Iterable[Container]) -> list[Container]:
         for one in found
         if not one.good and one.state != "created" and not (one.state == "running" and one.health == "starting")
     ]
+
+
+def directories(project: str) -> set[Path]:
+    """Where the stacks are whose containers carry a project's name."""
+    ids = capture(
+        ["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={project}"], timeout=30
+    ).out.split()
+    told = capture(["docker", "inspect", *ids], timeout=30, check=False).out if ids else "[]"
+    files = [one["Config"]["Labels"].get("com.docker.compose.project.environment_file") for one in json.loads(told)]
+    return {Path(file).parent for file in files if file}
 
 
 def remove_project(project: str) -> None:

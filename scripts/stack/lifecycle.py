@@ -266,7 +266,7 @@ def addresses(prepared: Prepared, instance: Instance, *, show_password: bool) ->
         f"MLflow    {chosen.mlflow_url}",
     ]
     if chosen.flower == "on":
-        lines.append(f"Flower    http://localhost:{chosen.flower_port}   (password in secrets/flower_password)")
+        lines.append(f"Flower    http://{chosen.host}:{chosen.flower_port}   (password in secrets/flower_password)")
     if chosen.serving == "on":
         lines.append(f"Serving   {chosen.serving_url}   (token in secrets/serving_token; make predict)")
     lines += [

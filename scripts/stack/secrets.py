@@ -151,6 +151,7 @@ def check(directory: Path, *, data_exists: bool) -> list[str]:
             f"secret(s) missing while this stack has data: {', '.join(lost)}",
             why="the data in the volumes was written with them; new ones would not open it",
             fix=f"put them back into {directory} from your backup.\n"
+            "Where another directory's stack has this name, give this one a STACK_NAME of its own.\n"
             "Without a backup: `make clean` deletes the data, and the next `make up` begins anew",
         )
     return missing

@@ -53,14 +53,14 @@ def _port(value: Any) -> int:
 
 def _address(value: str) -> str:
     try:
-        return str(ipaddress.ip_address(value))
+        return str(ipaddress.IPv4Address(value))
     except ValueError:
-        raise ValueError("not an IP address: write 127.0.0.1, 0.0.0.0 or one of this host's") from None
+        raise ValueError("not an IPv4 address: write 127.0.0.1, or another of 127.0.0.0/8") from None
 
 
 def _loopback(value: str) -> str:
     # Decision: nothing listens beyond loopback without TLS in front; see docs/security.md.
-    if not ipaddress.ip_address(value).is_loopback:
+    if not ipaddress.IPv4Address(value).is_loopback:
         raise ValueError(
             "only loopback addresses so far: logins would cross the network in the clear. "
             "Use an SSH tunnel (docs/security.md)"
@@ -224,19 +224,24 @@ class Settings(BaseModel):
     )
 
     @property
+    def host(self) -> str:
+        """What the pages' addresses begin with: a second stack may have the same ports at another loopback address."""
+        return "localhost" if self.bind_address == "127.0.0.1" else self.bind_address
+
+    @property
     def airflow_url(self) -> str:
         """Where Airflow listens, as seen from this host."""
-        return f"http://localhost:{self.airflow_port}"
+        return f"http://{self.host}:{self.airflow_port}"
 
     @property
     def mlflow_url(self) -> str:
         """Where MLflow listens, as seen from this host."""
-        return f"http://localhost:{self.mlflow_port}"
+        return f"http://{self.host}:{self.mlflow_port}"
 
     @property
     def serving_url(self) -> str:
         """Where the predictions' API listens, where it is on, as seen from this host."""
-        return f"http://localhost:{self.serving_port}"
+        return f"http://{self.host}:{self.serving_port}"
 
     @property
     def opted(self) -> tuple[str, ...]:
@@ -280,7 +285,8 @@ def parse(text: str, source: str = "stack.env") -> Settings:
             values[known[key]] = value.strip().strip("'\"")
     settings = DEFAULTS
     try:
-        settings = Settings.model_validate(values)
+        # An empty line takes the default.
+        settings = Settings.model_validate({key: value for key, value in values.items() if value})
     except ValidationError as error:
         problems += [
             f"{str(problem['loc'][0]).upper()}={_shown(problem['input'])}: "

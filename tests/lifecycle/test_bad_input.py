@@ -220,6 +220,39 @@ class TestSecrets:
         assert victim.exists() is (damage != "missing")
 
 
+def test_clean_deletes_nothing_by_a_name_alone(instance: Path) -> None:
+    """A directory that was never a stack's, a mistyped STACK_DIR, and a name that another directory's stack has."""
+    other = instance.parent / "other"
+    other.mkdir()
+    (other / ".env").touch()
+    volume, label = f"{PROJECT}_postgres", "com.docker.compose.project"
+    image = run("docker", "image", "ls", "--quiet", "*/postgres").output.split()[0]
+    run("docker", "volume", "create", "--label", f"{label}={PROJECT}", volume)
+    environment_file = f"{label}.environment_file={other / '.env'}"
+    words = ["docker", "create", "--label", f"{label}={PROJECT}", "--label", environment_file, image]
+    container = run(*words).output.strip()
+
+    def clean() -> Run:
+        words = ["make", "--no-print-directory", "clean", "YES=1"]
+        environment = {**os.environ, "STACK_DIR": str(instance)}
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        return Run(done.returncode, done.stdout + done.stderr, 0)
+
+    try:
+        assert_refused(clean(), instance, "E-NOT-YOURS", "there is neither stack.env nor .env")
+        (instance / "stack.env").write_text(f"STACK_NAME={PROJECT}\n")
+        assert_refused(clean(), instance, "E-NOT-YOURS", f"belong to {other}")
+        assert compose.volumes(PROJECT) == [volume]
+        (other / ".env").unlink()
+        assert clean().code == 0, "the directory is lost, and this one has its name"
+        assert compose.volumes(PROJECT) == []
+    finally:
+        run("docker", "rm", "--force", container)
+        run("docker", "volume", "rm", "--force", volume)
+
+
 def test_clean_is_the_way_out_when_a_stacks_directory_is_lost(instance: Path) -> None:
     """A volume without .env and secrets: `make up` refuses, `make clean` removes, `make init` goes on."""
     volume = f"{PROJECT}_postgres"

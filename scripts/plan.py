@@ -78,8 +78,12 @@ def take_over(here: instance.Instance, *, yes: bool) -> int:
 def with_setting(text: str, key: str, value: str) -> str:
     """The text of a stack.env with one key set, where it stands or at the end."""
     line = f"{key}={value}"
-    changed, count = re.subn(rf"^#?{key}=.*$", line, text, count=1, flags=re.MULTILINE)
-    return changed if count else f"{text.rstrip()}\n{line}\n".lstrip()
+    # One that counts comes before one that is commented out.
+    for written in (rf"^\s*{key}\s*=.*$", rf"^#{key}=.*$"):
+        changed, count = re.subn(written, line, text, count=1, flags=re.MULTILINE)
+        if count:
+            return changed
+    return f"{text.rstrip()}\n{line}\n".lstrip()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import threading
 import time
 
 from rich.console import Console
+from rich.markup import escape
 
 talk = Console(stderr=True, highlight=False, soft_wrap=True)
 """For people. Colours and live lines only where stderr is a terminal."""
@@ -26,7 +27,7 @@ class Step:
         self._started = time.monotonic()
         self._text = ""
         self._said_at = self._started - CHANGE_S
-        self._status = talk.status(f"{title} …") if talk.is_terminal else None
+        self._status = talk.status(escape(f"{title} …")) if talk.is_terminal else None
         self._ended = threading.Event()
         self._clock = threading.Thread(target=self._tick, daemon=True)
 
@@ -44,7 +45,7 @@ class Step:
         if self._status:
             self._status.stop()
         mark = "[red]✗[/red]" if kind else "[green]✓[/green]"
-        talk.print(f"{mark} {self._title} [dim]{self.seconds:.1f} s[/dim]")
+        talk.print(f"{mark} {escape(self._title)} [dim]{self.seconds:.1f} s[/dim]")
 
     @property
     def seconds(self) -> float:
@@ -68,7 +69,8 @@ class Step:
     def _show(self) -> None:
         text = self._text or "under way"
         if self._status:
-            self._status.update(f"{self._title} · {self.seconds:.0f} s · {text}")
+            # Others' words: what stands in brackets is no markup.
+            self._status.update(escape(f"{self._title} · {self.seconds:.0f} s · {text}"))
         else:
             talk.print(f"    {self.seconds:4.0f} s  {text}", markup=False)
             self._said_at = time.monotonic()

@@ -19,7 +19,7 @@ from stack.errors import Exit, StackError
 from stack.host import Host
 from stack.instance import ROOT, VAR
 from stack.process import capture, stream
-from stack.settings import Settings
+from stack.settings import DEFAULTS, Settings
 
 DOCKERFILES = ROOT / "dockerfiles"
 BAKE_FILE = DOCKERFILES / "docker-bake.hcl"
@@ -219,16 +219,23 @@ def _build_error(log: str) -> str:
 def base_image(host: Host, settings: Settings) -> str:
     """The name of a base image that this engine has: pulled, or bootstrapped where none answers."""
     wanted = settings.base_image
-    for candidate in (wanted, BOOTSTRAPPED):
-        if capture(["docker", "image", "inspect", candidate], timeout=30, check=False).code == 0:
-            return candidate
+
+    def here(name: str) -> bool:
+        return capture(["docker", "image", "inspect", name], timeout=30, check=False).code == 0
+
+    if here(wanted):
+        return wanted
+    # One that the operator names is asked for each time; Debian's own, once it did not come, is made here for good.
+    if wanted == DEFAULTS.base_image and here(BOOTSTRAPPED):
+        return BOOTSTRAPPED
     with Step(f"pulling {wanted}"):
         pulled = capture(["docker", "pull", "--quiet", wanted], timeout=300, check=False)
         if pulled.code == 0:
             return wanted
     reason = (pulled.err.strip().splitlines() or ["no answer"])[-1]
-    say(f"no registry gave {wanted} ({reason[:160]}): making a base image from the Debian mirror")
-    bootstrap_base(host, settings)
+    say(f"no registry gave {wanted} ({reason[:160]}): taking a base image that is made from the Debian mirror")
+    if not here(BOOTSTRAPPED):
+        bootstrap_base(host, settings)
     return BOOTSTRAPPED
 
 
@@ -240,6 +247,7 @@ def bootstrap_base(host: Host, settings: Settings) -> None:
             f"no registry gave {settings.base_image}",
             why="a base image can be made from the Debian mirror only as root on Debian or Ubuntu",
             fix="set BASE_IMAGE in stack.env to a Debian 13 image of your registry, or run `make build` as root once",
+            changed="no image; what `make up` has written (settings, secrets) stays",
         )
     if capture(["mmdebstrap", "--version"], timeout=15, check=False).code != 0:
         engine.apt_install("mmdebstrap", "debian-archive-keyring")

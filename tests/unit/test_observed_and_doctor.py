@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -41,11 +42,13 @@ def test_the_rare_large_task_does_not_make_the_plan() -> None:
     assert observed.typical([]) is None
 
 
-@pytest.mark.parametrize("before", ["", "#TASK_MEMORY=\n", "TASK_MEMORY=1g\n", "AIRFLOW_PORT=8081\n"])
+@pytest.mark.parametrize(
+    "before", ["", "#TASK_MEMORY=\n", "TASK_MEMORY=1g\n", "AIRFLOW_PORT=8081\n", "#TASK_MEMORY=\nTASK_MEMORY=1g\n"]
+)
 def test_a_setting_is_written_where_it_belongs(before: str) -> None:
     after = plan_program.with_setting(before, "TASK_MEMORY", "96m")
     assert settings.parse(after).task_memory == 96 * 2**20
-    assert after.count("TASK_MEMORY") == 1
+    assert re.findall(r"^TASK_MEMORY", after, re.MULTILINE) == ["TASK_MEMORY"]
     assert ("AIRFLOW_PORT=8081" in before) == ("AIRFLOW_PORT=8081" in after)
 
 

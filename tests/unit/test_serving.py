@@ -355,6 +355,26 @@ def test_with_the_store_away_the_newest_rows_wait() -> None:
     assert store.predictions == list(range(2, 12))
 
 
+def test_what_the_store_took_without_saying_so_is_written_to_the_same_place() -> None:
+    """It answers too late: the same rows come again, and more that came meanwhile."""
+    objects: dict[str, bytes] = {}
+    slow = [True, True, False]
+
+    def put(key: str, body: bytes) -> None:
+        objects[key] = body
+        if slow.pop(0):
+            raise TimeoutError
+
+    log = PredictionLog("m", put)
+    for number in range(3):
+        log.add("1", {"a": [0.0]}, [number])
+        log.write()
+    log.add("1", {"a": [0.0]}, [3])
+    slow.append(False)
+    assert log.write()
+    assert sorted(len(body.splitlines()) for body in objects.values()) == [1, 3]
+
+
 def test_what_is_left_is_written_at_the_end() -> None:
     store = FakeStore()
     log = PredictionLog("m", store.put)

@@ -235,8 +235,8 @@ def _json(document: dict[str, Any]) -> str:
 
 
 def _python(value: Any) -> Any:
-    """A NumPy scalar among others as Python's own; what else there may be as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """NumPy's scalars and arrays as Python's own; what else there may be as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _error(status: int, code: str, message: str) -> Response:

@@ -46,6 +46,8 @@ class PredictionLog:
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._away = False
+        self._key = ""
+        """Of the object that is being written."""
         self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
 
     @property
@@ -90,20 +92,25 @@ class PredictionLog:
     def write(self) -> bool:
         """Writes all that waits; whether the store took it."""
         while batch := self._take():
-            key = f"{self._model}/{datetime.now(timezone.utc):%Y/%m/%d/%H%M%S}-{secrets.token_hex(4)}.jsonl"
+            # The first attempt's: the store may have taken that, and been too slow to say so.
+            self._key = self._key or self._new_key()
             try:
-                self._put(key, b"".join(_line(row) for row in batch))
+                self._put(self._key, b"".join(_line(row) for row in batch))
             except Exception as error:
                 if not self._away:
                     log.warning("the store does not take the predictions; up to %s wait: %s", self._most, error)
                 self._away = True
                 self._give_back(batch)
                 return False
+            self._key = ""
             self.written += len(batch)
             if self._away:
                 log.info("the store takes the predictions again")
                 self._away = False
         return True
+
+    def _new_key(self) -> str:
+        return f"{self._model}/{datetime.now(timezone.utc):%Y/%m/%d/%H%M%S}-{secrets.token_hex(4)}.jsonl"
 
     def _take(self) -> list[Row]:
         with self._lock:
@@ -140,4 +147,4 @@ def finite(value: Any) -> Any:
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [finite(one) for one in value]
-    return value
+    return finite(value.tolist()) if hasattr(value, "tolist") else value

@@ -47,7 +47,7 @@ env: venv ## Print what an MLflow client needs, as export lines
 first-run: venv ## Log a first run to MLflow from outside the stack (examples/first_run.py)
 	@VENV=$(CLIENT) sh scripts/venv.sh examples/requirements.lock && $(PYTHON) scripts/env.py -- $(CLIENT)/bin/python examples/first_run.py
 demo: venv ## Run the training pipeline and follow it
-	@$(PYTHON) scripts/demo.py
+	@$(PYTHON) scripts/demo.py $(ARGS)
 predict: venv ## Send rows to the served model (FILE=rows.csv, or .json; by default examples/rows.csv)
 	@$(PYTHON) scripts/predict.py "$(or $(FILE),examples/rows.csv)"
 demo-drift: venv ## Send shifted rows to the served model, and see the retraining that this triggers

@@ -4,5 +4,5 @@ from flask_appbuilder.const import AUTH_DB
 
 AUTH_TYPE = AUTH_DB
 WTF_CSRF_ENABLED = True
-# Nobody registers; `make airflow ARGS="users create ..."` adds people.
+# Nobody registers; `make user` adds people, to MLflow as well.
 AUTH_USER_REGISTRATION = False

@@ -46,13 +46,11 @@ class Engine:
 
     server: str
     compose: str
-    buildx: str
     memory: int
     """MiB that the engine's machine has: on Docker Desktop, its virtual machine's."""
     cpus: int
     root_dir: str
     memory_limits: bool
-    desktop: bool
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -104,16 +102,13 @@ def inspect() -> Engine:
             fix="start it (sudo systemctl start docker, or Docker Desktop); as root on Debian or Ubuntu `make up` does",
         )
     compose = capture(["docker", "compose", "version", "--short"], timeout=15, check=False).out.strip()
-    buildx = capture(["docker", "buildx", "version"], timeout=15, check=False).out.strip()
     found = Engine(
         server=info["ServerVersion"],
         compose=compose,
-        buildx=buildx.split()[1] if len(buildx.split()) > 1 else "",
         memory=int(info.get("MemTotal", 0)) // MIB,
         cpus=int(info.get("NCPU", 1)),
         root_dir=info.get("DockerRootDir", "/var/lib/docker"),
         memory_limits=bool(info.get("MemoryLimit", True)),
-        desktop="desktop" in str(info.get("OperatingSystem", "")).lower(),
     )
     require(found)
     return found

@@ -191,7 +191,7 @@ SERVING = Expected(
 )
 
 OPT_IN = {"flower": FLOWER, "serving": SERVING}
-"""Setting, which is also the service's name -> what it is where it is on; the plan does not count its limit."""
+"""Setting, which is also the service's name -> what it is where it is on."""
 
 VOLUMES = _set("postgres minio redis airflow-task-logs worker-scratch worker-ledger mlflow-spool")
 NETWORKS = _set("backend frontend")

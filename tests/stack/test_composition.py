@@ -188,6 +188,7 @@ SIZES = {
 }
 
 
+@pytest.mark.shipped
 def test_images_are_small(inspected: dict[str, dict[str, Any]]) -> None:
     for facts in inspected.values():
         image = facts["Config"]["Image"]

@@ -46,6 +46,7 @@ def lint(stack: StackUnderTest, folder: Path, *words: str) -> Run:
     return run("docker", "run", "--rm", "--network", "none", "-v", mount, image, "dag-lint", *words, timeout=120)
 
 
+@pytest.mark.shipped
 def test_the_shipped_dags_are_clean(stack: StackUnderTest) -> None:
     told = stack.make("dag-lint", "ARGS=--strict")
     assert told.code == 0, told.output

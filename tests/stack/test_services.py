@@ -161,6 +161,7 @@ def test_timeouts_fit_each_other() -> None:
     )
 
 
+@pytest.mark.shipped
 def test_the_shipped_pipeline_is_there_and_paused(airflow: Airflow, stack: StackUnderTest) -> None:
     """The shipped DAG is read without errors; nothing runs before somebody wants it."""
     errors = airflow.call("GET", "/importErrors")["import_errors"]

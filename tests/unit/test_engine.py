@@ -63,18 +63,11 @@ def test_a_good_engine_is_read() -> None:
     assert engine.inspect() == engine.Engine(
         server="26.1.5+dfsg1",
         compose="2.26.1-4",
-        buildx="0.13.1",
         memory=8192,
         cpus=4,
         root_dir="/srv/docker",
         memory_limits=True,
-        desktop=False,
     )
-
-
-def test_docker_desktop_is_known_by_its_name(docker: Docker) -> None:
-    docker.says(INFO | {"OperatingSystem": "Docker Desktop"})
-    assert engine.inspect().desktop
 
 
 def test_an_old_engine_is_refused_with_both_versions(docker: Docker) -> None:

@@ -54,7 +54,7 @@ def test_versions(text: str, numbers: tuple[int, ...]) -> None:
 
 def test_the_engine_found_here_is_accepted_and_older_ones_are_not() -> None:
     """Each requirement by itself turns an accepted engine into a refused one."""
-    good = engine.Engine("26.1.5", "2.26.1", "0.13", 8192, 2, "/var/lib/docker", memory_limits=True, desktop=False)
+    good = engine.Engine("26.1.5", "2.26.1", 8192, 2, "/var/lib/docker", memory_limits=True)
     engine.require(good)
     for change in ({"server": "24.0.9"}, {"compose": "2.25.0"}, {"compose": ""}, {"memory_limits": False}):
         with pytest.raises(StackError) as refused:

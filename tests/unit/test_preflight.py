@@ -17,7 +17,7 @@ from stack.instance import ROOT, Instance
 from tests.support import free_ports
 
 HOST = Host(8192, 2, "x86_64", "debian", "13", root=False, systemd=True)
-ENGINE = Engine("26.1.5", "2.26.1", "0.13", 8192, 2, "/no/such/root", memory_limits=True, desktop=False)
+ENGINE = Engine("26.1.5", "2.26.1", 8192, 2, "/no/such/root", memory_limits=True)
 
 
 def codes(errors: list[StackError]) -> list[str]:

@@ -241,7 +241,7 @@ def test_clean_deletes_nothing_by_a_name_alone(instance: Path) -> None:
         return Run(done.returncode, done.stdout + done.stderr, 0)
 
     try:
-        assert_refused(clean(), instance, "E-NOT-YOURS", "there is neither stack.env nor .env")
+        assert_refused(clean(), instance, "E-NOT-YOURS", "has no stack")
         (instance / "stack.env").write_text(f"STACK_NAME={PROJECT}\n")
         assert_refused(clean(), instance, "E-NOT-YOURS", f"belong to {other}")
         assert compose.volumes(PROJECT) == [volume]

@@ -181,8 +181,7 @@ def check_writable(directory: Path) -> None:
 
 def check_port(key: str, address: str, port: int) -> None:
     """Raises E-PORT when something listens there, or when this user may not."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))

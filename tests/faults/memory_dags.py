@@ -27,6 +27,8 @@ BUDGET = int(os.environ.get("AIRFLOW__OPERATORS__DEFAULT_RAM", "300"))
 """Of a task that asks for nothing. Right in the worker, which is where it counts."""
 CAPACITY = int(os.environ.get("TASKGUARD_CAPACITY", "600"))
 """Of all tasks together."""
+SMALL = 64
+"""Fits beside others in any worker."""
 
 
 def touch(mib: int) -> bytearray:
@@ -380,9 +382,9 @@ class Deferred(BaseOperator):
         return f"woken with {event}"
 
 
-@dag(dag_id="fault_come_back", max_active_tasks=64)
-def come_back() -> None:
-    """One that leaves too little for longer than a task may wait in its slot, and three that wait."""
+def waits_for_memory(dag_id: str, *, others: bool) -> None:
+    """A task that leaves too little for longer than anybody may wait in a slot, and one that wants all of it;
+    with `others` two more behind that, which takes four slots."""
 
     def sign() -> Path:
         return Path("/tmp") / get_current_context()["run_id"]
@@ -393,26 +395,24 @@ def come_back() -> None:
         time.sleep(150)
         sign().unlink()
 
-    @task(retries=0, execution_timeout=timedelta(minutes=2))
+    @task(retries=0, resources={"ram": SMALL}, execution_timeout=timedelta(minutes=2))
     def first() -> None:
         while not sign().exists():
             time.sleep(0.2)
-
-    @task(retries=0)
-    def pause() -> None:
-        """As long as the first half of the other takes; one of the two fits at a time."""
-        time.sleep(3)
 
     @task(retries=0, resources={"ram": CAPACITY})
     def waits(number: int) -> str:
         return "got in"
 
-    has_most()
-    there = first()
-    # While it sleeps they ask before it.
-    deferred = Deferred(task_id="deferred", retries=0)
-    there >> deferred
-    there >> pause() >> waits.expand(number=[0, 1])
+    @dag(dag_id=dag_id, max_active_tasks=64)
+    def made() -> None:
+        has_most()
+        there = first()
+        there >> waits.expand(number=[0, 1] if others else [0])
+        if others:
+            there >> Deferred(task_id="deferred", retries=0, resources={"ram": SMALL}, priority_weight=100)
+
+    made()
 
 
 @dag(dag_id="fault_leak", max_active_tasks=64)
@@ -455,7 +455,8 @@ bash()
 fork_bomb()
 twice()
 queue()
-come_back()
+waits_for_memory("fault_large_first", others=False)
+waits_for_memory("fault_come_back", others=True)
 leaks()
 behind()
 many()

@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from stack import compose, instance, lifecycle, settings
 from stack.console import say
@@ -46,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
 def check_owner(here: instance.Instance, project: str) -> None:
     """Without .env only a name says whose data it is. Raises StackError (E-NOT-YOURS) where it may be another's."""
-    others = {path for path in compose.directories(project) if path != here.directory and (path / ".env").exists()}
+    files = {Path(one.environment_file) for one in compose.containers(project) if one.environment_file}
+    others = {file.parent for file in files if file != here.env_file and file.exists()}
     if not others and (here.directory == instance.ROOT or here.settings_file.exists()):
         return
     raise StackError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stack import dags
@@ -103,6 +102,8 @@ class Container:
     config_hash: str
     image: str
     restarts: int
+    environment_file: str = ""
+    """The .env of the stack that it belongs to."""
 
     @property
     def good(self) -> bool:
@@ -195,6 +196,7 @@ def containers(project: str) -> list[Container]:
                 config_hash=labels.get("com.docker.compose.config-hash", ""),
                 image=item["Config"]["Image"],
                 restarts=item["RestartCount"],
+                environment_file=labels.get("com.docker.compose.project.environment_file", ""),
             )
         )
     return sorted(found, key=lambda container: container.service)
@@ -223,16 +225,6 @@ def failed(found: Iterable[Container]) -> list[Container]:
         for one in found
         if not one.good and one.state != "created" and not (one.state == "running" and one.health == "starting")
     ]
-
-
-def directories(project: str) -> set[Path]:
-    """Where the stacks are whose containers carry a project's name."""
-    ids = capture(
-        ["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={project}"], timeout=30
-    ).out.split()
-    told = capture(["docker", "inspect", *ids], timeout=30, check=False).out if ids else "[]"
-    files = [one["Config"]["Labels"].get("com.docker.compose.project.environment_file") for one in json.loads(told)]
-    return {Path(file).parent for file in files if file}
 
 
 def remove_project(project: str) -> None:

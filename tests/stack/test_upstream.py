@@ -43,6 +43,17 @@ def test_celery_is_given_the_workload_as_json(stack: StackUnderTest) -> None:
     )
 
 
+def test_a_task_knows_whether_it_goes_on(stack: StackUnderTest) -> None:
+    """listener._goes_on asks by these names: without them one that was deferred would be sent away, and begin anew."""
+    in_airflow(
+        stack,
+        "from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance\n"
+        "from airflow.sdk.api.datamodels._generated import TIRunContext\n"
+        "assert '_ti_context_from_server' in RuntimeTaskInstance.__private_attributes__\n"
+        "assert 'next_method' in TIRunContext.model_fields\n",
+    )
+
+
 def test_structlogs_loggers_share_one_list_of_processors(stack: StackUnderTest) -> None:
     """output.bound cuts what loggers write that were made before it: it changes that list in place."""
     in_airflow(

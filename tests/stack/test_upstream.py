@@ -143,6 +143,33 @@ def test_the_executor_rests_while_tasks_wait(stack: StackUnderTest) -> None:
     )
 
 
+def test_a_round_sends_before_it_looks_what_has_ended(stack: StackUnderTest) -> None:
+    """What a heartbeat sends is in `running` after it, and says nothing of whether the worker ran dry: wakeup.scheduler
+    leaves it out. Four are sent to a worker that had none left: it may have twice as many. Then half are left."""
+    in_airflow(
+        stack,
+        "import inspect\n"
+        "from airflow.executors.base_executor import BaseExecutor\n"
+        "from airflow.providers.celery.executors.celery_executor import CeleryExecutor\n"
+        "from wakeup import pace, scheduler\n"
+        "text = inspect.getsource(BaseExecutor.heartbeat)\n"
+        "assert 0 < text.index('self.trigger_tasks(') < text.index('self.sync()')\n"
+        "assert CeleryExecutor.heartbeat is BaseExecutor.heartbeat\n"
+        "def send(executor):\n"
+        "    executor.running.update(executor.queued_tasks)\n"
+        "    executor.queued_tasks.clear()\n"
+        "CeleryExecutor.heartbeat = send\n"
+        "scheduler.rest_while_tasks_wait(pace.Pace(2, 4))\n"
+        "executor = CeleryExecutor()\n"
+        "executor.parallelism = 4\n"
+        "for tasks in range(4), range(4, 8):\n"
+        "    executor.queued_tasks = dict.fromkeys(tasks)\n"
+        "    executor.heartbeat()\n"
+        "    assert executor.parallelism == 8, executor.parallelism\n",
+        SCHEDULER,
+    )
+
+
 def test_the_executor_is_sent_what_its_parallelism_says(stack: StackUnderTest) -> None:
     """wakeup.scheduler changes it from round to round, below the scheduler's own bound, which is read once."""
     in_airflow(

@@ -34,14 +34,14 @@ class Pace:
         self._clock = clock
         self._rested_at = clock()
 
-    def parallelism(self, running: int, *, was_full: bool) -> int:
+    def parallelism(self, left: int, *, was_full: bool) -> int:
         """Tasks that the worker is to be sent from now on, those in its slots included.
 
-        `running` are those left of what it was sent, `was_full` says whether that was as much as allowed: where
-        none waits any more, it was too little for the time between two rounds; where half still wait, or the
-        scheduler had no more to send, it was too much.
+        `left` are those that have not ended of what it was sent in former rounds, `was_full` says whether this
+        round's bring it to as much as allowed: where none of the former waits any more, it was too little for the
+        time between two rounds; where half still wait, or the scheduler had no more to send, it was too much.
         """
-        waiting = running - self.slots
+        waiting = left - self.slots
         if was_full and waiting <= 0:
             self._parallelism = min(self.most, self._parallelism * 2)
         elif not was_full or waiting > (self._parallelism - self.slots) / 2:

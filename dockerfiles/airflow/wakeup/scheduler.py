@@ -84,11 +84,11 @@ def rest_while_tasks_wait(pace: Pace) -> None:
     heartbeat = CeleryExecutor.heartbeat
 
     def heartbeat_and_rest(executor: CeleryExecutor) -> None:
-        # The heartbeat learns which of those that were sent have ended.
-        was_full = executor.slots_available <= 0
+        # The heartbeat sends what this round has found, and learns which of those that were sent before have ended.
+        was_full, new = executor.slots_available <= 0, len(executor.queued_tasks)
         heartbeat(executor)
         running = len(executor.running)
-        executor.parallelism = pace.parallelism(running, was_full=was_full)
+        executor.parallelism = pace.parallelism(max(0, running - new), was_full=was_full)
         time.sleep(pace.rest(running))
 
     CeleryExecutor.heartbeat = heartbeat_and_rest

@@ -48,6 +48,8 @@ first-run: venv ## Log a first run to MLflow from outside the stack (examples/fi
 	@VENV=$(CLIENT) sh scripts/venv.sh examples/requirements.lock && $(PYTHON) scripts/env.py -- $(CLIENT)/bin/python examples/first_run.py
 demo: venv ## Run the training pipeline and follow it
 	@$(PYTHON) scripts/demo.py $(ARGS)
+upload: venv ## Put a file into the bucket of the pipeline's data (FILE=mine.csv; KEY=its name there)
+	@$(PYTHON) scripts/upload.py "$(FILE)" --key "$(KEY)"
 predict: venv ## Send rows to the served model (FILE=rows.csv, or .json; by default examples/rows.csv)
 	@$(PYTHON) scripts/predict.py "$(or $(FILE),examples/rows.csv)"
 demo-drift: venv ## Send shifted rows to the served model, and see the retraining that this triggers
@@ -93,4 +95,4 @@ venv:
 test-venv:
 	@sh scripts/venv.sh $(TEST_LOCKS)
 
-.PHONY: up init down restart clean status logs plan memory doctor password user user-remove env first-run demo predict demo-drift storm faults bench growth dag-test dag-lint airflow shell build push lock verify test lint help venv test-venv
+.PHONY: up init down restart clean status logs plan memory doctor password user user-remove env first-run demo upload predict demo-drift storm faults bench growth dag-test dag-lint airflow shell build push lock verify test lint help venv test-venv

@@ -1,7 +1,8 @@
 """make demo: runs the shipped training pipeline, follows it, and prints where its results are.
 
 Changes: a DAG run in Airflow; runs, a model version and an alias in MLflow; data in S3. The DAG's
-paused state is put back afterwards. Exit: 0 the run succeeded, 1 it failed, 3 no stack, 4 too slow.
+paused state is put back afterwards. Exit: 0 the run succeeded, 1 it failed, 3 no stack, or another run is under
+way, 4 too slow.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from stack import connect, instance, settings
-from stack.airflow import Airflow
+from stack.airflow import FINISHED, Airflow
 from stack.console import Step, say
-from stack.errors import Exit, run_main
+from stack.errors import Exit, StackError, run_main
 
 DAG_ID = "train_model"
 PATIENCE_S = 600
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     airflow, chosen = connect.airflow(instance.current())
     with airflow:
         was_paused = airflow.wait_for_dag(DAG_ID)["is_paused"]
+        check_nothing_runs(airflow)
         airflow.set_paused(DAG_ID, False)
         try:
             run_id = airflow.trigger(DAG_ID, {"approval": "automatic", "damage_data": arguments.damage_data})
@@ -46,6 +48,22 @@ def main(argv: Sequence[str]) -> int:
                 )
                 say(f"{one['task_id']} failed: {reason(log)}")
     return Exit.FAILED
+
+
+def check_nothing_runs(airflow: Airflow) -> None:
+    """Raises StackError (E-RUN-WAITS) where a run is under way: the pipeline has one at a time, and one that waits for
+    its approval may do so for a day."""
+    for run in airflow.runs(DAG_ID):
+        if run["state"] in FINISHED:
+            continue
+        run_id = run["dag_run_id"]
+        now = [one["task_id"] for one in airflow.task_instances(DAG_ID, run_id) if one["state"] == "awaiting_input"]
+        raise StackError(
+            "E-RUN-WAITS",
+            f"a run of {DAG_ID} is under way already",
+            why=f"{run_id} is {run['state']}{' and waits for a person: ' + now[0] if now else ''}; one runs at a time",
+            fix=f"answer it, or end it: {airflow.url}/dags/{DAG_ID}/runs/{run_id}; then the same command again",
+        )
 
 
 def show(progress: Step, instances: list[dict[str, Any]]) -> None:

@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"mlflow    {ui}")
             triggered = wait_for_retraining(airflow, known[RETRAIN])
             print(f"retrain   {airflow.url}/dags/{RETRAIN}/runs/{triggered[0]}  (triggered by the asset, once)")
+            print("          trains, and then waits in its task `approve` for a person, for a day")
         finally:
             airflow.set_paused(WATCH, paused[WATCH])
             if not triggered:
@@ -92,8 +93,8 @@ def check_not_asked(registry: Registry, schema: dict[str, Any]) -> None:
             "E-DRIFT-ASKED",
             f"version {schema['version']} of {schema['model']} has asked for a retraining already",
             why=f"the run {asked} of {WATCH} did; a version asks once, until there is another champion",
-            fix="`make demo` trains anew and may make another champion; or remove the version's tag "
-            f"{ASKED} in MLflow's pages",
+            fix=f"approve the run of {RETRAIN} that it triggered, or `make demo`: another champion begins anew; or "
+            f"remove the version's tag {ASKED} in MLflow's pages",
         )
 
 

@@ -1,7 +1,7 @@
 """make plan: prints the memory plan for this host without writing it.
 
-`--memory 8g --cpus 4` plans for another host; `--examples` prints the table of docs/memory.md,
-`--picture` its picture (SVG).
+`--memory 8g --cpus 4` plans for another host, with what stack.env opts into; `--examples` prints the table
+of docs/memory.md, `--picture` its picture (SVG).
 `--from observed` plans with what the tasks were seen to need (make memory), shows what would change,
 and writes TASK_MEMORY into stack.env after a yes (unattended: --yes). Otherwise nothing is changed.
 Exit: 0 done, 3 the stack does not fit, or nobody said yes.
@@ -38,11 +38,12 @@ def main(argv: Sequence[str]) -> int:
     if arguments.examples or arguments.picture:
         print(picture.render(sizing) if arguments.picture else plan.render_examples(sizing))
         return 0
+    chosen = settings.load(instance.current().settings_file)
     if arguments.memory or arguments.cpus:
         memory = arguments.memory // plan.MIB if arguments.memory else host.read().memory
-        made = plan.make_plan(sizing, memory, arguments.cpus or host.cpu_count())
+        made = plan.make_plan(sizing, memory, arguments.cpus or host.cpu_count(), opted=chosen.opted)
     else:
-        made = preflight.plan_for(host.read(), settings.load(instance.current().settings_file))
+        made = preflight.plan_for(host.read(), chosen)
     print(made.model_dump_json(indent=2) if arguments.json else plan.render(made))
     return 0
 

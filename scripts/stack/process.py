@@ -34,12 +34,12 @@ def capture(
     check: bool = True,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    stdin: str | None = None,
+    stdin: str | IO[bytes] | None = None,
 ) -> Result:
     """Runs a command and returns what it printed.
 
-    `timeout` is in seconds. Raises StackError (E-COMMAND) when the command is missing, runs out
-    of time, or, with `check`, exits with another code than 0.
+    `timeout` is in seconds; `stdin` is text, or an open file. Raises StackError (E-COMMAND) when the command is
+    missing, runs out of time, or, with `check`, exits with another code than 0.
     """
     words = [str(word) for word in command]
     try:
@@ -51,8 +51,8 @@ def capture(
             timeout=timeout,
             cwd=cwd,
             env={**os.environ, **env} if env else None,
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
+            input=stdin if isinstance(stdin, str) else None,
+            stdin=None if isinstance(stdin, str) else stdin or subprocess.DEVNULL,
             check=False,
         )
     except FileNotFoundError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import base64
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from stack.airflow import Airflow
 from tests.e2e.conftest import AUTOMATIC, DAG_ID, MODEL, PATIENCE_S
 from tests.support import StackUnderTest, wait_until
 
+APPROVAL_S = 180
 ORDER = ("ingest", "validate", "features", "train", "evaluate", "choose", "register", "approve", "promote")
 HEADER = "mean radius,mean texture,mean perimeter,mean area,mean smoothness,mean concavity,target\n"
 
@@ -76,7 +78,14 @@ def test_damaged_data(airflow: Airflow, tracking: MlflowClient, champion: Callab
         ("holes.csv", (HEADER + "14,20,90,600,0.1,0.1,\n" * 300).encode(), "validate", "target: 0 and 1, each"),
         ("words.csv", (HEADER + "big,20,90,600,0.1,0.1,1\n" * 300).encode(), "validate", "mean radius: not numeric"),
         ("other.csv", b"a,b\n1,2\n" * 300, "validate", "columns missing: mean radius"),
-        ("large.csv", 2 * 10**9, "ingest", "2,000,000,000 bytes, at most 200,000,000"),
+        (
+            "gaps.csv",
+            (HEADER + ",20,90,600,0.1,0.1,1\n" * 300).encode(),
+            "validate",
+            "mean radius: 1 empty values; mean radius: always the same value",
+        ),
+        ("large.csv", 2 * 10**9, "ingest", "2,000,000,000 bytes, at most 50,000,000"),
+        ("long.csv", b"a,b\n" + b"1,2\n" * 2_500_000, "ingest", "5,000,002 values, at most 5,000,000"),
     ],
 )
 def test_a_table_of_ones_own_that_is_none(
@@ -108,15 +117,62 @@ def test_a_table_of_ones_own_that_is_none(
     assert champion() == before
 
 
+AS_PARQUET = """
+import base64, io, sys
+import pandas as pd
+
+class Kept(io.BytesIO):
+    def close(self):
+        pass
+
+rows, many = Kept(), Kept()
+pd.read_csv(io.BytesIO(base64.b64decode("RAW"))).to_parquet(rows, index=False)
+pd.DataFrame({"a": [1.5] * 2_500_001, "b": 2.5}).to_parquet(many, index=False, compression="gzip")
+print("PARQUET", *(base64.b64encode(one.getvalue()).decode() for one in (rows, many)))
+"""
+
+
 def test_a_table_of_ones_own(stack: StackUnderTest, airflow: Airflow, finished: dict[str, Any]) -> None:
-    """The example's rows as the user's own CSV: the same models come of them."""
+    """The example's rows as the user's own: the same models come of them. As CSV it is named in the run; as Parquet by
+    the variable, as for a run that nobody starts. A Parquet file whose few bytes are many values is refused."""
     store = stack.s3("pipelines")
     raw = store.get_object(Bucket="pipelines", Key=f"{DAG_ID}/{finished['run_id']}/raw.csv")["Body"].read()
-    store.upload_fileobj(io.BytesIO(raw), "pipelines", "inbox/mine.csv")
-    run_id = airflow.trigger(DAG_ID, AUTOMATIC | {"source": "inbox/mine.csv"})
-    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "success"
-    best = airflow.xcom(DAG_ID, run_id, "promote")
-    assert best["metrics"]["roc_auc"] == pytest.approx(finished["metrics"]["roc_auc"])
+    made = stack.python("airflow-worker", AS_PARQUET.replace("RAW", base64.b64encode(raw).decode()))
+    assert made.code == 0, made.output
+    rows, many = (base64.b64decode(one) for one in made.output.partition("PARQUET ")[2].split())
+    for name, content in (("mine.csv", raw), ("mine.parquet", rows), ("many.parquet", many)):
+        (stack.clone / name).write_bytes(content)
+        for word in ("uploaded", "replaced"):
+            said = stack.make("upload", f"FILE={name}", f"KEY=inbox/{name}")
+            assert said.code == 0, said.output
+            assert f"{word}  s3://pipelines/inbox/{name}" in said.output
+        (stack.clone / name).unlink()
+
+    def play(parameters: dict[str, Any]) -> tuple[str, str]:
+        run_id = airflow.trigger(DAG_ID, AUTOMATIC | parameters)
+        return airflow.follow(DAG_ID, run_id, patience=PATIENCE_S), run_id
+
+    state, run_id = play({"source": "inbox/many.parquet"})
+    assert state == "failed"
+    assert "5,000,002 values, at most 5,000,000" in airflow.task_log(DAG_ID, run_id, "ingest")
+    airflow.call("POST", "/variables", json={"key": "train_model_source", "value": "inbox/mine.parquet"})
+    try:
+        by_variable = play({})
+    finally:
+        airflow.call("DELETE", "/variables/train_model_source")
+    for name, (state, run_id) in (("mine.csv", play({"source": "inbox/mine.csv"})), ("mine.parquet", by_variable)):
+        assert state == "success"
+        best = airflow.xcom(DAG_ID, run_id, "promote")
+        assert best["source"] == f"s3://pipelines/inbox/{name}"
+        assert best["metrics"]["roc_auc"] == pytest.approx(finished["metrics"]["roc_auc"])
+
+
+def test_a_file_that_cannot_be_uploaded(stack: StackUnderTest) -> None:
+    """Missing, a folder, none named, a name that is too long for a key: told, and nothing is sent."""
+    for words in (["FILE=none.csv"], ["FILE=dags"], [], ["FILE=README.md", f"KEY={'x' * 1025}"]):
+        refused = stack.make("upload", *words)
+        assert refused.code != 0
+        assert "E-UPLOAD" in refused.output, refused.output
 
 
 def test_a_threshold_that_is_missed(airflow: Airflow, champion: Callable[[], str]) -> None:
@@ -167,8 +223,8 @@ def test_worse_than_the_champion(
         tracking.set_registered_model_alias(MODEL, "champion", before)
 
 
-def answer(airflow: Airflow, run_id: str, option: str) -> None:
-    """Waits until the run asks, and answers."""
+def wait_until_asked(airflow: Airflow, run_id: str) -> dict[str, Any]:
+    """Returns what the run asks a person, once it does."""
 
     def asks() -> bool:
         found = states(airflow, run_id)
@@ -176,8 +232,18 @@ def answer(airflow: Airflow, run_id: str, option: str) -> None:
         return found.get("approve") == {"awaiting_input"}
 
     wait_until(asks, PATIENCE_S, "the run asks for approval")
-    path = f"/dags/{DAG_ID}/dagRuns/{run_id}/taskInstances/approve/-1/hitlDetails"
-    airflow.call("PATCH", path, json={"chosen_options": [option]})
+    asked: dict[str, Any] = airflow.call("GET", question(run_id))
+    return asked
+
+
+def question(run_id: str) -> str:
+    return f"/dags/{DAG_ID}/dagRuns/{run_id}/taskInstances/approve/-1/hitlDetails"
+
+
+def answer(airflow: Airflow, run_id: str, option: str) -> None:
+    """Waits until the run asks, and answers."""
+    wait_until_asked(airflow, run_id)
+    airflow.call("PATCH", question(run_id), json={"chosen_options": [option]})
 
 
 def test_an_approval_that_is_refused(airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]) -> None:
@@ -195,9 +261,28 @@ def test_an_approval_that_is_refused(airflow: Airflow, tracking: MlflowClient, c
     assert tracking.get_model_version_by_alias(MODEL, "challenger").version == refused
 
 
-def test_an_approval_that_is_given(airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]) -> None:
-    """The challenger becomes champion, and there is no challenger any more."""
+def test_an_approval_that_is_given(
+    request: pytest.FixtureRequest,
+    stack: StackUnderTest,
+    airflow: Airflow,
+    tracking: MlflowClient,
+    champion: Callable[[], str],
+) -> None:
+    """Within three minutes a person is asked, with what there is to know; until then `make demo` starts no other run.
+    The challenger becomes champion, and there is no challenger any more."""
+    began = time.monotonic()
     run_id = airflow.trigger(DAG_ID)
+    asked = wait_until_asked(airflow, run_id)
+    took = time.monotonic() - began
+    request.config.get_terminal_writer().line(f"\npipeline: from trigger to approval {took:.1f} s")
+    assert took < APPROVAL_S
+    made = airflow.xcom(DAG_ID, run_id, "register")
+    for told in (made["name"], f"version {made['version']}", "trained on the example's data", made["url"]):
+        assert told in asked["body"], asked
+    refused = stack.make("demo")
+    assert refused.code != 0
+    assert "E-RUN-WAITS" in refused.output
+    assert run_id in refused.output
     answer(airflow, run_id, "Approve")
     assert airflow.follow(DAG_ID, run_id, patience=120) == "success"
     assert champion() == airflow.xcom(DAG_ID, run_id, "register")["version"]
@@ -210,6 +295,7 @@ def test_an_approval_that_never_comes(airflow: Airflow, champion: Callable[[], s
     run_id = airflow.trigger(DAG_ID, {"approval_minutes": 1})
     assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
     closed_at(airflow, run_id, "approve")
+    assert "nobody answered within 1 minutes: nothing is deployed" in airflow.task_log(DAG_ID, run_id, "approve")
     assert champion() == before
 
 
@@ -223,3 +309,26 @@ def test_a_smoke_test_that_fails(airflow: Airflow, champion: Callable[[], str]) 
     assert found["smoke_test"] == found["restore"] == {"failed"}
     assert f"champion is version {before} again" in airflow.task_log(DAG_ID, run_id, "restore")
     assert champion() == before
+
+
+def test_the_first_champion_answers_otherwise(
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]
+) -> None:
+    """It is served, and does not answer as it was evaluated: the rows are others by then. Nobody is champion again."""
+    before = champion()
+    tracking.delete_registered_model_alias(MODEL, "champion")
+    try:
+        run_id = airflow.trigger(DAG_ID)
+        wait_until_asked(airflow, run_id)
+        store, key = stack.s3("pipelines"), f"{DAG_ID}/{run_id}/test.csv"
+        header, *rows = store.get_object(Bucket="pipelines", Key=key)["Body"].read().splitlines()
+        store.put_object(Bucket="pipelines", Key=key, Body=b"\n".join([header, *sorted(rows)]))
+        answer(airflow, run_id, "Approve")
+        assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+        found = states(airflow, run_id)
+        assert (found["promote"], found["smoke_test"], found["restore"]) == ({"success"}, {"failed"}, {"failed"})
+        assert "does not answer as it did in its evaluation" in airflow.task_log(DAG_ID, run_id, "smoke_test")
+        assert "champion is nobody again" in airflow.task_log(DAG_ID, run_id, "restore")
+        assert "champion" not in tracking.get_registered_model(MODEL).aliases
+    finally:
+        tracking.set_registered_model_alias(MODEL, "champion", before)

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from stack.airflow import Airflow
 from tests.e2e.conftest import AUTOMATIC, DAG_ID, MODEL
-from tests.support import StackUnderTest, wait_until
+from tests.support import StackUnderTest, run, wait_until
 
 
 def test_every_task_ran_once(airflow: Airflow, finished: dict[str, Any]) -> None:
@@ -63,6 +63,19 @@ def test_the_best_model_is_registered(tracking: MlflowClient, finished: dict[str
     assert version.tags["airflow.run_id"] == finished["run_id"]
     assert version.tags["airflow.url"].endswith(f"/dags/{DAG_ID}/runs/{finished['run_id']}")
     assert "previous_champion" in version.tags
+
+
+def test_the_champion_was_asked_where_it_is_served(
+    airflow: Airflow, tracking: MlflowClient, finished: dict[str, Any]
+) -> None:
+    """And the logs have the way to MLflow."""
+    log = airflow.task_log(DAG_ID, finished["run_id"], "smoke_test")
+    assert f"asked http://serving:5002, where version {finished['version']} is served" in log
+    assert "20 of 20 answers are those of the evaluation" in log
+    assert tracking.get_run(finished["url"].rpartition("/")[2]).info.experiment_id == finished["experiment_id"]
+    trained = [airflow.task_log(DAG_ID, finished["run_id"], "train", map_index=index) for index in range(3)]
+    assert sum(finished["url"] in one for one in trained) == 1
+    assert finished["url"] in airflow.task_log(DAG_ID, finished["run_id"], "announce")
 
 
 def test_artifacts_are_in_minio(stack: StackUnderTest, tracking: MlflowClient, finished: dict[str, Any]) -> None:
@@ -161,7 +174,10 @@ def test_one_process_runs_it_as_well(stack: StackUnderTest, tracking: MlflowClie
     assert spoilt.code != 0
     assert "the data is not fit for training" in spoilt.output
     assert tracking.get_model_version_by_alias(MODEL, "champion").version == before
-    told = stack.make("dag-test", f"DAG={DAG_ID}", f"ARGS=--conf '{json.dumps(AUTOMATIC)}'")
+    # As where SERVING is off, which it is by default.
+    command = ("run", "--rm", "-T", "--no-deps", "-e", "SERVING_URL=", "airflow-cli", "airflow", "dags", "test", DAG_ID)
+    told = run(*stack.compose.command(*command, "--conf", json.dumps(AUTOMATIC)), timeout=600)
     assert told.code == 0, told.output[-3000:]
+    assert "nothing is served (SERVING): asking the model itself" in told.output
     assert "unrunnable tasks" not in told.output
     assert int(tracking.get_model_version_by_alias(MODEL, "champion").version) > int(before)

@@ -1,7 +1,8 @@
 """The container engine: is it there, new enough, reachable; and where we may, install and start it.
 
 `inspect` only looks. `install` and `start` change the host, say so first, and are only called as
-root on a distribution whose packages are known to be new enough.
+root on a distribution whose packages are known to be new enough. An engine that is there stays as it is:
+nothing installed is upgraded or removed, because other projects' containers may run on it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from stack.console import Step, say
 from stack.errors import Exit, StackError
 from stack.host import MIB, Host
-from stack.process import capture, stream
+from stack.process import Result, capture, stream
 
 MIN_ENGINE = (25, 0)
 """health checks' `start_interval` came with Engine 25."""
@@ -36,6 +37,9 @@ PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 _APT = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qy", "-o", "DPkg::Lock::Timeout=300")
+_ANSWER_S = 15
+_NO_ANSWER = 124
+"""`capture`'s code of a command that ran out of time."""
 _LOG = Path("/var/log/stack-dockerd.log")
 _START_PATIENCE_S = 90
 
@@ -64,18 +68,42 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def _ask(*words: str) -> Result:
+    return capture(["docker", *words], timeout=_ANSWER_S, check=False)
+
+
+def _ask_plugin(name: str, *words: str) -> Result:
+    """A plugin's answer. Raises StackError (E-ENGINE, exit 4) where none comes: a slow one is not a missing one."""
+    answer = _ask(name, "version", *words)
+    if answer.code == _NO_ANSWER:
+        raise StackError(
+            "E-ENGINE",
+            f"`docker {name} version` did not answer",
+            why=answer.err,
+            fix="run the same command again when this host is less busy",
+            exit_code=Exit.TIMED_OUT,
+        )
+    return answer
+
+
+def _ask_engine() -> int:
+    return _ask("version", "--format", "{{.Server.Version}}").code
+
+
 def reachable() -> bool:
     """Whether an engine answers."""
-    return capture(["docker", "version", "--format", "{{.Server.Version}}"], timeout=15, check=False).code == 0
+    return _ask_engine() == 0
 
 
-def installed() -> bool:
-    """Whether the client with its plugins and a local engine are there (an engine elsewhere counts)."""
-    if capture(["docker", "compose", "version"], timeout=15, check=False).code != 0:
-        return False
-    if capture(["docker", "buildx", "version"], timeout=15, check=False).code != 0:
-        return False
-    return reachable() or _dockerd() is not None
+def missing() -> list[str]:
+    """What is not installed: of `engine` (an engine elsewhere counts), `cli`, `compose` and `buildx`.
+
+    Raises StackError (E-ENGINE, exit 4) where a plugin is there and does not answer in time.
+    """
+    lacking = ["engine"] if _dockerd() is None and _ask_engine() not in (0, _NO_ANSWER) else []
+    if shutil.which("docker") is None:
+        return [*lacking, "cli", "compose", "buildx"]
+    return lacking + [name for name in ("compose", "buildx") if _ask_plugin(name).code != 0]
 
 
 def _dockerd() -> str | None:
@@ -101,7 +129,7 @@ def inspect() -> Engine:
             why=reason,
             fix="start it (sudo systemctl start docker, or Docker Desktop); as root on Debian or Ubuntu `make up` does",
         )
-    compose = capture(["docker", "compose", "version", "--short"], timeout=15, check=False).out.strip()
+    compose = _ask_plugin("compose", "--short").out.strip()
     found = Engine(
         server=info["ServerVersion"],
         compose=compose,
@@ -145,43 +173,55 @@ def ensure(host: Host, *, may_install: bool) -> Engine:
     """The engine, installed and started where that is needed and allowed."""
     # An engine that the operator points at is somebody else's to install and start.
     if "DOCKER_HOST" not in os.environ:
-        if not installed():
-            _check_may_install(host, may_install)
-            install(host)
+        if lacking := missing():
+            install(host, _title(lacking), _packages(host, lacking, may_install))
         if may_install and not reachable() and host.root and _dockerd():
             start(host)
     return inspect()
 
 
-def _check_may_install(host: Host, may_install: bool) -> None:
-    known = (host.os_id, host.os_version) in PACKAGES
-    if known and host.root and may_install:
-        return
-    if known:
-        names = " ".join(PACKAGES[host.os_id, host.os_version])
-        fix = f"as root: make up. It installs the distribution's packages: {names}"
+def _title(lacking: list[str]) -> str:
+    if "engine" in lacking:
+        return "Docker Engine"
+    return " and ".join(f"Docker {name.capitalize()}" for name in lacking)
+
+
+def _packages(host: Host, lacking: list[str], may_install: bool) -> list[str]:
+    """The packages that bring what is missing. Raises StackError (E-ENGINE) where we may not install them."""
+    known = PACKAGES.get((host.os_id, host.os_version), ())
+    engine_too = "engine" in lacking
+    packages = [name for name in known if engine_too or name.startswith(tuple(f"docker-{part}" for part in lacking))]
+    # Beside somebody else's engine the distribution's packages conflict with what that one brought.
+    ours = engine_too or _distributions_own()
+    if packages and ours and host.root and may_install:
+        return packages
+    why = "INSTALL_ENGINE=never is set" if known and host.root else "installing it needs root on a known distribution"
+    if not ours:
+        plugins = " ".join(f"docker-{name}-plugin" for name in lacking if name != "cli")
+        why = "the engine on this host is not the distribution's docker.io: `make up` leaves its packages alone"
+        fix = f"install {plugins} where the engine is docker.com's, or else what its own documentation names"
+    elif known:
+        fix = f"as root: make up. It installs the distribution's packages: {' '.join(packages)}"
     else:
         fix = "install Docker Engine 25 or newer with Compose 2.26 and Buildx, as your system's documentation says"
-    raise StackError(
-        "E-ENGINE",
-        "Docker Engine, Compose or Buildx is not installed",
-        why="INSTALL_ENGINE=never is set"
-        if known and host.root
-        else "installing it needs root on a known distribution",
-        fix=fix,
-    )
+    raise StackError("E-ENGINE", f"not installed: {_title(lacking)}", why=why, fix=fix)
 
 
-def install(host: Host) -> None:
-    """Installs the engine from the distribution's packages. Changes the host, and says what."""
-    packages = PACKAGES[host.os_id, host.os_version]
-    say(f"Docker Engine is missing: installing {' '.join(packages)} with apt-get")
-    with Step("installing Docker Engine") as progress:
+def _distributions_own() -> bool:
+    """Whether this host's engine is the package docker.io."""
+    program = os.path.realpath(_dockerd() or "dockerd")
+    return capture(["dpkg-query", "--search", program], timeout=15, check=False).out.startswith("docker.io:")
+
+
+def install(host: Host, title: str, packages: list[str]) -> None:
+    """Installs these of the distribution's packages. Changes the host, and says what; what is installed stays."""
+    say(f"not installed: {title}. Installing {' '.join(packages)} with apt-get")
+    with Step(f"installing {title}") as progress:
         _apt(progress.update, "update")
         if (host.os_id, host.os_version) == ("debian", "12"):
             _add_trixie()
             _apt(progress.update, "update")
-        _apt(progress.update, "install", "--no-install-recommends", *packages)
+        _apt(progress.update, "install", "--no-install-recommends", "--no-remove", "--no-upgrade", *packages)
 
 
 def apt_install(*packages: str) -> None:
@@ -206,7 +246,8 @@ def _apt(on_line: Callable[[str], None], *words: str) -> None:
             "E-ENGINE-INSTALL",
             f"apt-get {words[0]} failed with code {code}",
             why="\n".join(lines[-12:]),
-            fix="see that this host reaches its Debian mirror, then run the same command again",
+            fix="see that this host reaches its mirror; where it says that packages need to be removed, decide that.\n"
+            "Then run the same command again",
             changed="packages may be partly installed",
             exit_code=Exit.FAILED,
         )

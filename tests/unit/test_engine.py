@@ -11,6 +11,7 @@ import pytest
 
 from stack import engine
 from stack.errors import Exit, StackError
+from stack.host import Host
 
 INFO: dict[str, Any] = {
     "ServerVersion": "26.1.5+dfsg1",
@@ -115,3 +116,90 @@ def test_no_client_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     error = refused()
     assert error.code == "E-ENGINE"
     assert "docker: not found" in error.why
+
+
+class Bare:
+    """A PATH of stand-ins: what is put there is installed, and apt-get keeps what it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.has("apt-get", f'echo "$*" >> {folder}/told')
+        self.has("env", 'shift; exec "$@"')
+
+    def has(self, program: str, body: str) -> None:
+        (self.folder / program).write_text(f"#!/bin/sh\n{body}\n")
+        (self.folder / program).chmod(0o755)
+
+    def engine(self, package: str, *lacking: str) -> None:
+        """A dockerd of a package, a client without some plugins, and an engine that answers."""
+        self.has("dockerd", "exit 1")
+        self.has("dpkg-query", f'echo "{package}: $2"')
+        self.has("docker", f'case "$1" in {"|".join(lacking)}) exit 1;; info) exit 1;; esac')
+
+    @property
+    def installed(self) -> list[str]:
+        told = self.folder / "told"
+        lines = told.read_text().splitlines() if told.exists() else []
+        return [line.partition(" install ")[2] for line in lines if " install " in line]
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bare:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    # This machine's own is in /usr/sbin, where it is looked for, too.
+    monkeypatch.setattr(engine, "_dockerd", lambda: next(map(str, tmp_path.glob("dockerd")), None))
+    return Bare(tmp_path)
+
+
+ROOT_ON_13 = Host(8192, 2, "x86_64", "debian", "13", root=True, systemd=True)
+OPTIONS = "--no-install-recommends --no-remove --no-upgrade"
+
+
+def ensure() -> StackError:
+    """These stand-ins never come to an engine that can be read: `inspect` refuses in the end, if nobody did before."""
+    with pytest.raises(StackError) as error:
+        engine.ensure(ROOT_ON_13, may_install=True)
+    return error.value
+
+
+def test_a_bare_host_gets_everything(bare: Bare, capsys: pytest.CaptureFixture[str]) -> None:
+    ensure()
+    assert bare.installed == [f"{OPTIONS} {' '.join(engine.PACKAGES['debian', '13'])}"]
+    assert "not installed: Docker Engine." in capsys.readouterr().err
+
+
+def test_beside_the_distributions_engine_only_the_plugin_is_installed(
+    bare: Bare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else apt would upgrade a running engine, and stop what runs on it."""
+    bare.engine("docker.io", "compose")
+    ensure()
+    assert bare.installed == [f"{OPTIONS} docker-compose"]
+    assert "not installed: Docker Compose." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["docker-ce", "somebody"])
+def test_beside_another_engine_nothing_is_installed(bare: Bare, package: str) -> None:
+    """docker.io would take the place of docker-ce, whose containers would stop."""
+    bare.engine(package, "compose", "buildx")
+    error = ensure()
+    assert (error.code, error.exit_code, bare.installed) == ("E-ENGINE", Exit.PRECONDITION, [])
+    assert error.what == "not installed: Docker Compose and Docker Buildx"
+    assert "install docker-compose-plugin docker-buildx-plugin" in error.fix
+
+
+def test_what_does_not_answer_in_time_is_not_missing(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_ANSWER_S", 0.2)
+    bare.engine("docker.io")
+    bare.has("docker", 'case "$1" in buildx) while :; do :; done;; esac')
+    error = ensure()
+    assert (error.code, error.exit_code, bare.installed) == ("E-ENGINE", Exit.TIMED_OUT, [])
+    assert "`docker buildx version` did not answer" in error.what
+
+
+def test_an_engine_elsewhere_that_is_slow_is_not_missing(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_ANSWER_S", 0.2)
+    bare.has("docker", 'case "$1" in version) while :; do :; done;; info) exit 1;; esac')
+    ensure()
+    assert bare.installed == []

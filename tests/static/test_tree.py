@@ -58,6 +58,18 @@ def test_dockerfiles_pull_no_frontend() -> None:
         assert not re.search(r"^#\s*syntax\s*=", (ROOT / name).read_text(), re.MULTILINE | re.IGNORECASE), name
 
 
+def test_images_do_not_depend_on_the_modes_of_the_clone() -> None:
+    """A clone has modes by its umask: what a service reads gets its own. What only a build reads, root reads."""
+    copies = 0
+    for name in tracked("dockerfiles/*/Dockerfile"):
+        for stage in re.split(r"^FROM ", (ROOT / name).read_text(), flags=re.MULTILINE)[1:]:
+            if "build" not in stage.splitlines()[0].partition(" AS ")[2]:
+                for line in re.findall(r"^COPY (?!--from=).*", stage, re.MULTILINE):
+                    copies += 1
+                    assert line.startswith("COPY --chmod=0"), (name, line)
+    assert copies >= 15
+
+
 def test_locks_are_complete() -> None:
     """Each requirements file has a lock: its pins in it, every entry with a version and hashes."""
     sources = tracked("*requirements.in", "*uv.in")

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import shlex
 import socket
+import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from stack import compose, dags, images, secrets
@@ -26,6 +29,10 @@ DISK_TO_BUILD_MIB = 12 * 1024
 """Images 2.2 GiB, build cache and package caches 6 GiB (measured after a cold build), and room."""
 DISK_TO_RUN_MIB = 3 * 1024
 """Room for databases, logs and artifacts to begin with."""
+AIRFLOW_USER = 50000
+"""User and group in Airflow's image: what belongs to it need not be open for others."""
+_WALK = 20_000
+"""Entries of a mounted folder that are looked at: one with data in it must not hold up every command."""
 
 
 def plan_for(host: Host, settings: Settings, engine: Engine | None = None) -> Plan:
@@ -57,6 +64,7 @@ def before_engine(host: Host, settings: Settings, instance: Instance) -> list[St
             lambda: check_clock(),
             lambda: check_folder(settings.dags_dir, "DAGS_DIR"),
             lambda: check_folder(settings.plugins_dir, "PLUGINS_DIR"),
+            lambda: check_readable(ROOT / "config", *_airflow_folders(settings)),
             lambda: images.user_requirements(settings),
             lambda: dags.check_folder(settings),
             lambda: dags.connection(settings, secrets.given(instance.secrets)) if settings.dags_git_url else None,
@@ -163,6 +171,43 @@ def check_folder(folder: str, key: str) -> None:
             why="it is mounted into Airflow; the engine would create an empty one that belongs to root",
             fix=f"mkdir -p '{path}', or correct {key} in stack.env",
         )
+
+
+def _airflow_folders(settings: Settings) -> list[Path]:
+    return [(ROOT / folder).resolve() for folder in (settings.dags_dir, settings.plugins_dir)]
+
+
+def check_readable(*folders: Path) -> None:
+    """Raises E-READ where something in mounted folders is closed to the users of the containers.
+
+    Hidden files and caches are left out: a repository's own, an editor's or a person's may well be closed.
+    """
+    closed = {folder: first for folder in folders if (first := next(_closed(folder), None))}
+    if closed:
+        raise StackError(
+            "E-READ",
+            f"containers cannot read {', '.join(map(str, closed.values()))}",
+            why="the services have users of their own, to whom a clone made with umask 027 or 077 is closed",
+            fix=f"chmod -R go+rX {' '.join(shlex.quote(str(folder)) for folder in closed)}",
+        )
+
+
+def _closed(folder: Path) -> Iterator[Path]:
+    """What a container's user cannot read or enter, of a folder and what is in it."""
+    for path in itertools.islice(_mounted(folder), _WALK):
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            own = 6 if found.st_uid == AIRFLOW_USER else 3 if found.st_gid == AIRFLOW_USER else 0
+            wanted = 0o5 if stat.S_ISDIR(found.st_mode) else 0o4
+            if found.st_mode >> own & wanted != wanted:
+                yield path
+
+
+def _mounted(folder: Path) -> Iterator[Path]:
+    yield folder
+    for where, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+        yield from (Path(where, name) for name in (*folders, *files) if not name.startswith("."))
 
 
 def check_writable(directory: Path) -> None:

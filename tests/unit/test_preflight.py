@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from subprocess import run
 
 import pytest
 
@@ -99,6 +101,37 @@ def test_a_missing_folder_is_refused_by_its_key(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="is not a directory"):
         preflight.check_folder(f"{tmp_path}/file", "DAGS_DIR")
     preflight.check_folder("./dags", "DAGS_DIR")
+
+
+@pytest.mark.parametrize("closed", ["", "a", "a/b.py", "c.sql"])
+def test_what_containers_cannot_read_is_refused(tmp_path: Path, closed: str) -> None:
+    """The folder itself, one in it, or a file: as a clone made with umask 077 has all of them."""
+    folder = tmp_path / "the dags"
+    (folder / "a").mkdir(parents=True)
+    (folder / "requirements.txt").touch()
+    for name in ("a/b.py", "c.sql", ".env"):
+        (folder / name).touch()
+    # A person's own, and a link's target, which containers see as something of theirs.
+    (folder / ".env").chmod(0o600)
+    (tmp_path / "private").touch(0o600)
+    (folder / "link").symlink_to(tmp_path / "private")
+    chosen = settings.parse(f"DAGS_DIR={folder}")
+    assert preflight.before_engine(HOST, chosen, Instance(tmp_path)) == []
+    (folder / closed).chmod(0o700)
+    (error,) = preflight.before_engine(HOST, chosen, Instance(tmp_path))
+    assert (error.code, error.what) == ("E-READ", f"containers cannot read {folder / closed}")
+    assert error.fix == f"chmod -R go+rX '{folder}'"
+    run(["sh", "-c", error.fix], check=True)
+    assert preflight.before_engine(HOST, chosen, Instance(tmp_path)) == []
+
+
+def test_what_is_airflows_own_need_not_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dag.py").touch(0o600)
+    tmp_path.chmod(0o700)
+    with pytest.raises(StackError):
+        preflight.check_readable(tmp_path)
+    monkeypatch.setattr(preflight, "AIRFLOW_USER", os.geteuid())
+    preflight.check_readable(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, "", "not a certificate"])

@@ -19,7 +19,12 @@ current() { # LOCK: whether it is installed as it stands
 }
 
 due=
-for lock in "$@"; do current "$lock" || due="$due $lock"; done
+if "$venv/bin/python" -I -c 'import pip' 2>/dev/null; then
+  for lock in "$@"; do current "$lock" || due="$due $lock"; done
+else
+  # It was interrupted as it was made; or the host's Python is another one now, and looks elsewhere for packages.
+  due=$*
+fi
 [ -z "$due" ] && exit 0
 
 refuse() { # CODE WHAT WHY FIX
@@ -38,7 +43,8 @@ if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo 'python3-venv is missing: installing it with apt-get' >&2
     export DEBIAN_FRONTEND=noninteractive
-    { apt-get -qy update || true; apt-get -qy install --no-install-recommends python3-venv; } >&2 ||
+    apt() { apt-get -qy -o DPkg::Lock::Timeout=300 "$@"; }
+    { apt update || true; apt install --no-install-recommends python3-venv; } >&2 ||
       refuse E-PYTHON 'python3-venv could not be installed' "apt-get's own words are above" \
         'install python3-venv, then run the same command again'
   else
@@ -49,7 +55,10 @@ fi
 
 echo "--> preparing the Python environment ${VENV:-var/venv}" >&2
 mkdir -p "$root/var"
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  python3 -m venv --clear "$venv"
+  due=$*
+fi
 for lock in $due; do
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock" >&2 ||
     refuse E-PIP "the packages of $lock could not be installed" "pip's own words are above" \

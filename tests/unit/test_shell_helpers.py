@@ -195,9 +195,42 @@ def test_packages_that_cannot_be_had_are_refused_with_pips_words(bare_host: Path
     assert not (bare_host / "var/venv/.x.lock").exists()
 
 
+@pytest.mark.parametrize("stamped", [False, True])
+def test_an_environment_that_is_not_whole_is_made_anew(bare_host: Path, stamped: bool) -> None:
+    """Its Python finds no pip: after Ctrl-C as it was made, or, once complete, as the host's Python is another one."""
+    made = bare_host / "var/venv"
+    subprocess.run(["python3", "-m", "venv", "--without-pip", made], check=True)
+    if stamped:
+        shutil.copy(bare_host / "x.lock", made / ".x.lock")
+    # Of another lock, whose packages are gone with the rest.
+    (made / ".y.lock").touch()
+    done = venv(bare_host, PATH=os.environ["PATH"])
+    assert done.returncode == 0, done
+    assert subprocess.run([made / "bin/python", "-c", "import pip"], check=False).returncode == 0
+    assert ((made / ".x.lock").exists(), (made / ".y.lock").exists()) == (True, False)
+
+
+def test_apt_waits_for_whoever_installs_something(bare_host: Path) -> None:
+    """A fresh host's own upgrades hold the lock for minutes."""
+    for name, body in {
+        "python3": '[ "$2" != "import ensurepip, venv" ]',
+        "id": "echo 0",
+        "apt-get": f'echo "$*" >> {bare_host}/told; exit 1',
+    }.items():
+        (bare_host / "bin" / name).unlink(missing_ok=True)
+        (bare_host / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (bare_host / "bin" / name).chmod(0o755)
+    assert "python3-venv could not be installed" in venv(bare_host).stderr
+    told = (bare_host / "told").read_text().splitlines()
+    assert len(told) == 2
+    assert all("-o DPkg::Lock::Timeout=300" in line for line in told)
+
+
 def test_a_current_environment_is_left_alone(bare_host: Path) -> None:
-    """No Python is even asked for: `make` calls it before every verb."""
-    (bare_host / "var/venv").mkdir(parents=True)
+    """Only its own Python is asked, and pip is not run: `make` calls it before every verb."""
+    (bare_host / "var/venv/bin").mkdir(parents=True)
+    (bare_host / "var/venv/bin/python").write_text('#!/bin/sh\n[ "$3" = "import pip" ]\n')
+    (bare_host / "var/venv/bin/python").chmod(0o755)
     shutil.copy(bare_host / "x.lock", bare_host / "var/venv/.x.lock")
     done = venv(bare_host)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -61,7 +61,7 @@ def prepare(instance: Instance) -> Prepared:
         written.append(instance.settings_file.name)
     written += [f"secrets/{name}" for name in secrets.ensure(instance.secrets, chosen, missing)]
     values = compose.environment(instance, chosen, plan, tags) | {
-        "SECRETS_DIGEST": _digest(instance.secrets, without=dags.SECRETS),
+        "SECRETS_DIGEST": _digest(instance.secrets, only=set(secrets.names()) - set(dags.SECRETS)),
         "CONFIG_DIGEST": _digest(ROOT / "config"),
     }
     if chosen.dags_git_url:
@@ -95,14 +95,14 @@ def summary(written: list[str]) -> str:
     return ", ".join([*files, *([f"{count} secrets"] if count else [])])
 
 
-def _digest(folder: Path, *, only: Collection[str] = (), without: Collection[str] = ()) -> str:
+def _digest(folder: Path, *, only: Collection[str] = ()) -> str:
     """Changes when any file of a folder does: containers are made anew when what they mount changed.
 
-    With names in `only` or `without`: when one of these does, or one of the others.
+    With names in `only`: when one of these does.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in without and (not only or path.name in only):
+    for path in sorted([folder / name for name in only] or folder.rglob("*")):
+        if path.is_file():
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -114,7 +114,7 @@ def _hand_over(instance: Instance) -> None:
     owner = instance.directory.stat()
     if owner.st_uid == 0:
         return
-    mine = [instance.settings_file, instance.env_file, instance.secrets, *instance.secrets.iterdir()]
+    mine = [instance.settings_file, instance.env_file, instance.secrets, *secrets.files(instance.secrets)]
     for path in mine:
         os.chown(path, owner.st_uid, owner.st_gid)
 

@@ -4,7 +4,7 @@
 connection documents, an ACL) are rendered from both at every `make init`, so that each consumer mounts one ready file.
 
 Files are 0444 inside a 0700 directory: the directory keeps other users of the host out, and each
-container, whatever its uid, can read the files that are mounted into it.
+container, whatever its uid, can read the files that are mounted into it. What else is in there is left alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import base64
 import hashlib
 import json
 import secrets as random
+import stat
 import string
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -131,6 +132,25 @@ def derived_names() -> list[str]:
     return list(derive(dict.fromkeys(PRIMARY, "x"), DEFAULTS))
 
 
+def names() -> list[str]:
+    """The names of all files that are secrets of the stack; a stack need not have each of them."""
+    return [*PRIMARY, *derived_names(), *dags.SECRETS]
+
+
+def files(directory: Path) -> list[Path]:
+    """The secrets that are there, as regular files."""
+    paths = [directory / name for name in names()]
+    return [path for path in paths if stat.S_ISREG(_mode(path))]
+
+
+def _mode(path: Path) -> int:
+    """A file's kind and mode, not those of what it links to; 0 where it cannot be known."""
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return 0
+
+
 def given(directory: Path) -> dict[str, str]:
     """The secrets that the operator has written. Raises StackError (E-SECRET) for a damaged one. Changes nothing."""
     found = {name: _read(directory / name) for name in dags.GIVEN}
@@ -140,9 +160,19 @@ def given(directory: Path) -> dict[str, str]:
 def check(directory: Path, *, data_exists: bool) -> list[str]:
     """The primary secrets that are not there yet. Changes nothing.
 
-    Raises StackError: E-SECRET for a file that is empty or unreadable, E-SECRET-LOST for a missing
+    Raises StackError: E-SECRET for a file that is empty, unreadable or a link, E-SECRET-LOST for a missing
     one while volumes of this stack exist, whose data was written with it.
     """
+    for path in (directory / name for name in names()):
+        if (mode := _mode(path)) and not stat.S_ISREG(mode):
+            raise StackError(
+                "E-SECRET",
+                f"the secret {path} cannot be read: it is {'a link' if stat.S_ISLNK(mode) else 'no file'}",
+                why="what it leads to would be written, and get modes and an owner that are meant for a secret"
+                if stat.S_ISLNK(mode)
+                else "the engine makes a directory of a file that it is told to mount and does not find",
+                fix=f"put the file itself in its place; where you have none, see what is in '{path}' and remove it",
+            )
     missing = [name for name in PRIMARY if _read(directory / name) is None]
     lost = [name for name in missing if name not in RENEWABLE]
     if lost and data_exists:
@@ -188,9 +218,9 @@ def ensure(directory: Path, settings: Settings, missing: list[str]) -> list[str]
     for name in missing:
         _write(directory / name, PRIMARY[name]())
         written.append(name)
-    for path in directory.iterdir():
+    for path in files(directory):
         # Put back from a backup they may have any mode; containers could not read them.
-        if path.stat().st_mode & 0o777 != _MODE:
+        if _mode(path) & 0o777 != _MODE:
             path.chmod(_MODE)
     primary = {name: (directory / name).read_text(encoding="utf-8").strip() for name in PRIMARY}
     derived = derive(primary, settings, given(directory) if settings.dags_git_url else {})

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
 
-from stack import secrets
+from stack import lifecycle, secrets
 from stack.errors import StackError
+from stack.instance import Instance
 from stack.settings import DEFAULTS
 
 
@@ -82,6 +84,45 @@ def test_modes_are_mended(made: Path) -> None:
     made.chmod(0o755)
     assert secrets.ensure(made, DEFAULTS, []) == []
     test_modes(made)
+
+
+def test_what_is_no_secret_is_left_alone(made: Path) -> None:
+    """A person's own files and folders, and what links lead to; nor do containers follow a change of theirs."""
+    own = [made / "old" / "jwt_secret", made / "notes", made.parent / "elsewhere"]
+    own[0].parent.mkdir()
+    for path in own:
+        path.touch(0o600)
+    (made / "link").symlink_to(own[2])
+    before = [path.stat().st_mode for path in (made / "old", *own)]
+    digest = lifecycle._digest(made, only=secrets.names())
+    assert secrets.ensure(made, DEFAULTS, secrets.check(made, data_exists=True)) == []
+    assert [path.stat().st_mode for path in (made / "old", *own)] == before
+    own[1].write_text("more")
+    assert lifecycle._digest(made, only=secrets.names()) == digest
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_under_sudo_secrets_are_handed_over_and_nothing_else(made: Path) -> None:
+    instance = Instance(made.parent)
+    others = [made / "notes", made.parent / "elsewhere"]
+    for path in (instance.settings_file, instance.env_file, *others):
+        path.touch()
+    (made / "link").symlink_to(others[1])
+    os.chown(made.parent, 12345, 12345)
+    lifecycle._hand_over(instance)
+    assert {path.stat().st_uid for path in secrets.files(made)} == {12345}
+    assert {path.stat().st_uid for path in others} == {0}
+
+
+@pytest.mark.parametrize("name", ["jwt_secret", "broker_url", "dags_git_token"])
+def test_a_link_in_a_secrets_place_is_refused(made: Path, name: str) -> None:
+    """Modes, owners and contents would go to what it leads to."""
+    (made / name).unlink(missing_ok=True)
+    (made.parent / "elsewhere").write_text("x")
+    (made / name).symlink_to(made.parent / "elsewhere")
+    with pytest.raises(StackError, match=f"{name} cannot be read: it is a link") as refused:
+        secrets.check(made, data_exists=True)
+    assert refused.value.code == "E-SECRET"
 
 
 def test_the_redis_acl_holds_no_password(made: Path) -> None:

@@ -206,7 +206,8 @@ def _error(settings: Settings, problem: str, said: str, refs: list[str], changed
         "login": (
             "E-DAGS-GIT-LOGIN",
             f"{url} does not accept these credentials, or asks for some",
-            f"write what may read that repository to {login} (docs/operate.md), then run the same command again",
+            f"rm -f {login} (make up made it read-only), write what may read that repository to it anew "
+            "(docs/operate.md), then run the same command again",
         ),
         "ref": (
             "E-DAGS-GIT-REF",
@@ -216,7 +217,8 @@ def _error(settings: Settings, problem: str, said: str, refs: list[str], changed
         "host-key": (
             "E-DAGS-GIT",
             f"{url}: the host shows another key than secrets/dags_git_known_hosts has",
-            "find out why; if it is meant, write the new key to secrets/dags_git_known_hosts",
+            "find out why; if it is meant: rm -f secrets/dags_git_known_hosts (make up made it read-only), and write "
+            "the new key to it",
         ),
         "certificate": (
             "E-DAGS-GIT",

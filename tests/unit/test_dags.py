@@ -184,6 +184,24 @@ def test_each_problem_is_named(docker: Docker, problem: str, code: str, text: st
     assert refused.value.why == ("it has: dev, v1" if problem == "ref" else "fatal: as git says it")
 
 
+@pytest.mark.parametrize(
+    ("problem", "asked", "name"),
+    [
+        ("login", HTTPS, "dags_git_token"),
+        ("login", SSH, "dags_git_key"),
+        ("host-key", SSH, "dags_git_known_hosts"),
+    ],
+)
+def test_how_to_mend_a_secret_works_for_one_that_is_there(
+    docker: Docker, problem: str, asked: Settings, name: str
+) -> None:
+    """`make up` has made it read-only: a shell's `>` is refused."""
+    docker.answers(problem)
+    with pytest.raises(StackError) as refused:
+        dags.check(asked, KEY, "airflow:tag")
+    assert f"rm -f secrets/{name} " in refused.value.fix
+
+
 def test_an_outage_does_not_keep_down_what_was_accepted_before(
     docker: Docker, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,8 +1,8 @@
 """make user, make user-remove: a person's login in Airflow and in MLflow at once.
 
 `add` makes both with one random password, which is printed once, as the `export` lines that MLflow's
-client needs; they can go into a file: `make --silent user NAME=ada > ada.env`. `remove` takes both
-away; the person's runs and models stay.
+client needs; they can go into a file: `(umask 077; make --silent user NAME=ada > ada.env)`. `remove`
+takes both away; the person's runs and models stay.
 
 Exit: 0 done, 1 a service refused (what was made before is taken back), 3 nothing was changed: no
 stack, a bad name, one that exists or that does not.

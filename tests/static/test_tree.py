@@ -23,6 +23,15 @@ def test_error_codes_are_documented() -> None:
     assert used == documented
 
 
+def test_git_leaves_passwords_out_and_nothing_that_is_tracked() -> None:
+    """Choices, plan, secrets, and the files that `make user` is documented to fill; no pattern covers a source."""
+    names = ["stack.env", ".env", "ada.env", "secrets/admin_password"]
+    words = ["git", "-C", str(ROOT), "check-ignore", *names]
+    assert subprocess.run(words, capture_output=True, text=True, check=False).stdout.split() == names
+    words = ["git", "-C", str(ROOT), "ls-files", "--cached", "--ignored", "--exclude-per-directory=.gitignore"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == ""
+
+
 def test_nothing_names_a_registry_or_a_machine() -> None:
     """Package sources are the clients' own defaults or settings; paths are the reader's own."""
     # Put together here, so that this file does not name them either.

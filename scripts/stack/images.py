@@ -170,6 +170,8 @@ def build(host: Host, settings: Settings, wanted: Mapping[str, str]) -> None:
         "PIP_INDEX_URL": settings.pip_index_url,
         "GOPROXY": settings.goproxy,
         "DAGS_DIR": str(user_requirements(settings).parent),
+        # Buildx 0.20 and later read nothing outside the working directory else: not the CA bundle, not the DAGs.
+        "BUILDX_BAKE_ENTITLEMENTS_FS": "0",
     }
     words = ["docker", "buildx", "bake", "--file", str(BAKE_FILE), "--progress", "plain", "--load"]
     for image, tag in wanted.items():

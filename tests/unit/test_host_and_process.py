@@ -202,3 +202,13 @@ def test_tags_follow_the_operators_packages_and_base(tmp_path: Path) -> None:
     (tmp_path / "requirements.txt").unlink()
     with pytest.raises(StackError, match=r"requirements\.txt does not exist"):
         images.tags(chosen)
+
+
+def test_the_build_reads_files_outside_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CA bundle and DAGS_DIR may be anywhere; newer versions of bake refuse that unless they are told."""
+    monkeypatch.setattr(images, "VAR", tmp_path)
+    monkeypatch.setattr(images, "base_image", lambda *_: "debian")
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(images, "stream", lambda *_, env, **__: seen.update(env) or 0)
+    images.build(host.read(), DEFAULTS, {"redis": "1"})
+    assert seen["BUILDX_BAKE_ENTITLEMENTS_FS"] == "0"

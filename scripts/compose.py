@@ -20,8 +20,9 @@ def main(argv: Sequence[str]) -> int:
     words = list(argv)
     if words[:1] in (["exec"], ["run"]) and not sys.stdin.isatty():
         words.insert(1, "-T")
-    command = compose.Compose(instance.current()).command(*words)
-    os.execvp(command[0], command)
+    stack = compose.Compose(instance.current())
+    command = stack.command(*words)
+    os.execvpe(command[0], command, {**os.environ, **stack.variables})
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@ _HEADER = """\
 """
 
 
+# What a shell may have for its other projects: names of containers would change, or `down --remove-orphans` be refused.
+_NEUTRAL = {"COMPOSE_COMPATIBILITY": "0", "COMPOSE_IGNORE_ORPHANS": "0", "COMPOSE_REMOVE_ORPHANS": "0"}
+
+
 def files(settings: Settings) -> tuple[str, ...]:
     """The Compose files for these settings: what they opt into comes last."""
     return (*FILES, *dags.overlays(settings))
@@ -132,17 +136,23 @@ class Compose:
         """The Compose project's name."""
         return self.values["STACK_NAME"]
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """What a Compose call needs in its environment: to Compose the shell's word counts more than .env."""
+        return _NEUTRAL | self.values
+
     def command(self, *words: str) -> list[str]:
-        """The argument list for a Compose call."""
+        """The argument list for a Compose call. It needs `variables` in its environment."""
         return [
-            *("docker", "compose", "--project-directory", str(ROOT), "--env-file", str(self.instance.env_file)),
+            *("docker", "compose", "--project-name", self.project, "--project-directory", str(ROOT)),
+            *("--env-file", str(self.instance.env_file)),
             *(word for name in self.values["COMPOSE_FILE"].split(":") for word in ("--file", name)),
             *words,
         ]
 
     def capture(self, *words: str, timeout: float = 60, check: bool = True) -> Result:
         """Runs Compose for what it prints."""
-        return capture(self.command(*words), timeout=timeout, check=check)
+        return capture(self.command(*words), timeout=timeout, check=check, env=self.variables)
 
     def config(self) -> dict[str, Any]:
         """The merged files, every variable resolved."""

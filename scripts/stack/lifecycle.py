@@ -157,7 +157,7 @@ def start(stack: Compose) -> None:
         stack.capture("--profile", "*", "rm", "--stop", "--force", *sorted(unwanted), timeout=120)
     with Step(f"starting {len(wanted)} services") as progress, tempfile.TemporaryFile("w+") as output:
         up_command = stack.command("up", "--detach", "--remove-orphans", "--no-build", "--pull", "never")
-        child = start_process(up_command, output)
+        child = start_process(up_command, output, stack.variables)
         deadline = time.monotonic() + patience
         try:
             while True:
@@ -171,7 +171,7 @@ def start(stack: Compose) -> None:
                 if ended not in (None, 0) and attempts < UP_ATTEMPTS and not compose.failed(now.values()):
                     # No service failed: the engine lost a race ("No such container", of one that runs).
                     attempts += 1
-                    child = start_process(up_command, output)
+                    child = start_process(up_command, output, stack.variables)
                     continue
                 if ended not in (None, 0):
                     output.seek(0)
@@ -227,7 +227,7 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
     # Opt-in services are stopped whatever the setting says now.
     title = "stopping and deleting all data" if volumes else "stopping (data is kept)"
     with Step(title) as progress, tempfile.TemporaryFile("w+") as output:
-        child = start_process(stack.command("--profile", "*", *words), output)
+        child = start_process(stack.command("--profile", "*", *words), output, stack.variables)
         deadline = time.monotonic() + STOP_GRACE_S + 100
         while (code := child.poll()) is None:
             left = [container.service for container in stack.containers()]

@@ -146,13 +146,14 @@ def _failure(words: Sequence[str], why: str, output: str, code: Exit = Exit.FAIL
     )
 
 
-def start(command: Sequence[str | Path], output: IO[str]) -> subprocess.Popen[str]:
+def start(command: Sequence[str | Path], output: IO[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
     """Starts a command whose end the caller watches; its output goes to a file.
 
     It is a group of its own: Ctrl-C reaches the caller, who decides.
     """
     return subprocess.Popen(
         [str(word) for word in command],
+        env={**os.environ, **env},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

@@ -24,24 +24,28 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     arguments = parser.parse_args(argv)
     here = instance.current()
-    if arguments.volumes:
-        # What runs is what .env says; stack.env may have been given another name since.
-        prepared = here.env_file.exists()
-        project = compose.Compose(here).project if prepared else settings.load(here.settings_file).stack_name
-        if not prepared:
-            check_owner(here, project)
-        if not arguments.yes:
-            confirm(project, compose.volumes(project))
-        if not here.env_file.exists():
+    if not arguments.volumes:
+        lifecycle.down(here)
+        return 0
+    # What runs is what .env says; stack.env may have been given another name since.
+    prepared = here.env_file.exists()
+    project = compose.Compose(here).project if prepared else settings.load(here.settings_file).stack_name
+    if not prepared:
+        check_owner(here, project)
+    if not arguments.yes:
+        confirm(project, compose.volumes(project))
+    try:
+        if prepared:
+            lifecycle.down(here, volumes=True)
+        else:
             # The way out of E-SECRET-LOST when the whole directory of a stack was lost.
             compose.remove_project(project)
-    if here.env_file.exists() or not arguments.volumes:
-        lifecycle.down(here, volumes=arguments.volumes)
-    if arguments.volumes:
         # The secrets fit only the data that has just gone; the next `make up` makes new ones.
         shutil.rmtree(here.secrets, ignore_errors=True)
         here.env_file.unlink(missing_ok=True)
-        say("deleted: containers, volumes, secrets. stack.env, images and your DAGs are kept")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("data may be deleted, in part or all of it; `make clean` deletes the rest") from None
+    say("deleted: containers, volumes, secrets. stack.env, images and your DAGs are kept")
     return 0
 
 

@@ -197,6 +197,14 @@ def wait_until(fact: Callable[[], Any], patience: float, what: str) -> Any:
         time.sleep(0.2)
 
 
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie has, too)."""
+    try:
+        return "Z" in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return True
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
     with contextlib.ExitStack() as held:

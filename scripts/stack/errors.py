@@ -6,6 +6,7 @@ nothing was changed, 4 a bounded wait ran out.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -59,13 +60,21 @@ class StackError(Exception):
 
 
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Runs a program's `main` with the process's arguments and exits with its code."""
+    """Runs a program's `main` with the process's arguments and exits with its code.
+
+    A request to end and a closed terminal count as Ctrl-C. A KeyboardInterrupt may bring words of its own.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # Ignored under nohup, and so it stays.
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         code = main(sys.argv[1:])
     except StackError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing is lost, run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        told = str(error) or "nothing is lost, run the same command again to go on"
+        print(f"\ninterrupted: {told}", file=sys.stderr)
         code = 130
     sys.exit(code)

@@ -18,6 +18,7 @@ from stack.instance import ROOT, Instance
 from stack.plan import Plan
 from stack.process import capture
 from stack.process import start as start_process
+from stack.process import stop as stop_process
 
 UP_PATIENCE_S = 420
 """A start from empty volumes took 40 s on 2 cores; a slow disk may need ten times that."""
@@ -184,9 +185,7 @@ def start(stack: Compose) -> None:
                     )
                 time.sleep(0.5)
         finally:
-            if child.poll() is None:
-                child.terminate()
-                child.wait(timeout=30)
+            stop_process(child)
 
 
 class _Watch:
@@ -229,14 +228,16 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
     with Step(title) as progress, tempfile.TemporaryFile("w+") as output:
         child = start_process(stack.command("--profile", "*", *words), output, stack.variables)
         deadline = time.monotonic() + STOP_GRACE_S + 100
-        while (code := child.poll()) is None:
-            left = [container.service for container in stack.containers()]
-            progress.update(f"waiting for {', '.join(left)}")
-            if time.monotonic() > deadline:
-                child.terminate()
-                code = 124
-                break
-            time.sleep(0.3)
+        try:
+            while (code := child.poll()) is None:
+                left = [container.service for container in stack.containers()]
+                progress.update(f"waiting for {', '.join(left)}")
+                if time.monotonic() > deadline:
+                    code = 124
+                    break
+                time.sleep(0.3)
+        finally:
+            stop_process(child)
         output.seek(0)
         tail = "\n".join(output.read().strip().splitlines()[-8:])
     if code == 0 and volumes:

@@ -160,3 +160,13 @@ def start(command: Sequence[str | Path], output: IO[str], env: Mapping[str, str]
         text=True,
         start_new_session=True,
     )
+
+
+def stop(child: subprocess.Popen[str], *, patience: float = 30) -> None:
+    """Ends what `start` has started, with its group: politely, and by force after `patience` seconds."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if child.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(child.pid, number)
+            child.wait(timeout=patience)

@@ -12,7 +12,7 @@ from stack import compose, engine, host, images, preflight, process
 from stack.errors import Exit, StackError
 from stack.instance import ROOT
 from stack.settings import DEFAULTS
-from tests.support import wait_until
+from tests.support import gone, wait_until
 
 
 def tree(base: Path, files: dict[str, str]) -> None:
@@ -120,14 +120,6 @@ def test_a_time_out_ends_the_whole_group(tmp_path: Path) -> None:
     assert error.value.exit_code == Exit.TIMED_OUT
     grandchild = int(pid_file.read_text())
     wait_until(lambda: gone(grandchild), 5, "the grandchild's end")
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended (a zombie has, too)."""
-    try:
-        return "Z" in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return True
 
 
 def test_env_files_keep_spaces_and_refuse_quotes() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from stack import compose, lifecycle
+from stack import compose, lifecycle, process
 from stack.instance import ROOT, Instance
+from tests.support import gone, wait_until
 
 
 class Docker:
@@ -79,3 +81,35 @@ def test_the_shell_does_not_choose_the_stack(
     assert (seen["COMPOSE_PROJECT_NAME"], seen["COMPOSE_PROFILES"], seen["COMPOSE_IGNORE_ORPHANS"]) == ("ours", "", "0")
     assert (seen["BIND_ADDRESS"], seen["TERM"]) == ("127.0.0.1", "vt100")
     assert all("--project-name ours" in call for call in docker.calls if call.startswith("compose"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
+@pytest.mark.parametrize(("words", "told"), [([], "nothing is lost"), (["--volumes", "--yes"], "may be deleted")])
+def test_an_interrupted_stop_stops_compose_too(
+    docker: Docker, prepared: Instance, number: signal.Signals, words: list[str], told: str
+) -> None:
+    """By Ctrl-C, by a service manager, by a closed terminal: nothing goes on behind the operator's back."""
+    pid_file = docker.folder / "pid"
+    (docker.folder / "compose").write_text(f"echo $$ > '{pid_file}.new'; mv '{pid_file}.new' '{pid_file}'; sleep 30")
+    child = subprocess.Popen(
+        [sys.executable, ROOT / "scripts/down.py", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Ctrl-C is ignored in what a script started with `&`.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    wait_until(pid_file.exists, 20, "Compose's start")
+    child.send_signal(number)
+    _, said = child.communicate(timeout=20)
+    assert (child.returncode, gone(int(pid_file.read_text()))) == (130, True), said
+    assert told in said.splitlines()[-1], said
+    assert prepared.env_file.exists(), "the next attempt knows what to delete"
+
+
+def test_compose_that_does_not_end_is_killed(tmp_path: Path) -> None:
+    """A time-out, not a traceback, is what the operator is told."""
+    with (tmp_path / "output").open("w") as output:
+        child = process.start(["sh", "-c", "trap '' TERM; echo ready; sleep 20"], output, {})
+        wait_until((tmp_path / "output").read_text, 5, "the trap set")
+        process.stop(child, patience=0.2)
+    assert child.returncode == -signal.SIGKILL

@@ -25,8 +25,6 @@ UP_PATIENCE_S = 420
 STOP_GRACE_S = 600
 """A worker that is replaced may let its tasks end first (stop_grace_period in compose/airflow.yaml)."""
 UP_ATTEMPTS = 3
-JOBS = ("airflow-init", "mlflow-init", "minio-init")
-"""Services that end when their work is done."""
 
 
 @dataclass(frozen=True)

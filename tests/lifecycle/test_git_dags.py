@@ -15,7 +15,7 @@ from stack import dags
 from stack.airflow import Airflow
 from stack.compose import volumes
 from stack.instance import ROOT
-from stack.lifecycle import JOBS
+from stack.compose import JOBS
 from tests import git_server
 from tests.lifecycle.test_verbs import ids
 from tests.repositories import Repository, certificate

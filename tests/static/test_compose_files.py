@@ -12,7 +12,7 @@ import yaml
 
 from stack import compose, dags, images, plan, secrets, settings
 from stack.instance import ROOT, Instance
-from stack.lifecycle import JOBS
+from stack.compose import JOBS
 
 WEB = {"airflow-apiserver", "mlflow", "flower", "serving"}
 # Not the default, so that an address that somebody writes into a file is seen.

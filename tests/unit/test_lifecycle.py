@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import status
 from stack import compose, lifecycle, process
 from stack.instance import ROOT, Instance
 from tests.support import gone, wait_until
@@ -27,11 +30,17 @@ case "$*" in
   compose*) env > '{folder}/env'; . '{folder}/compose' ;;
   ps*) cat '{folder}/ids' ;;
   inspect*) cat '{folder}/containers' ;;
+  volume*) cat '{folder}/volumes' ;;
 esac
 """)
         program.chmod(0o755)
-        for name in ("calls", "compose", "ids", "containers"):
+        for name in ("calls", "compose", "ids", "containers", "volumes"):
             (folder / name).touch()
+
+    def has(self, *containers: dict[str, Any]) -> None:
+        """What `docker inspect` shows."""
+        (self.folder / "ids").write_text("\n".join(str(one["Id"]) for one in containers))
+        (self.folder / "containers").write_text(json.dumps(containers))
 
     @property
     def calls(self) -> list[str]:
@@ -41,6 +50,19 @@ esac
     def environment(self) -> dict[str, str]:
         """Of the last Compose call."""
         return dict(line.split("=", 1) for line in (self.folder / "env").read_text().splitlines() if "=" in line)
+
+
+def container(service: str, state: str = "running", *, code: int = 0, **labels: str) -> dict[str, Any]:
+    """A container of the project `ours`, as `docker inspect` shows it; labels with their names' last parts."""
+    own = {"project": "ours", "service": service, "config-hash": "h"}
+    own |= {f"project.{name}": value for name, value in labels.items()}
+    return {
+        "Id": service,
+        "Name": f"/ours-{service}-1",
+        "State": {"Status": state, "ExitCode": code},
+        "Config": {"Labels": {f"com.docker.compose.{name}": value for name, value in own.items()}, "Image": "x"},
+        "RestartCount": 0,
+    }
 
 
 @pytest.fixture
@@ -113,3 +135,18 @@ def test_compose_that_does_not_end_is_killed(tmp_path: Path) -> None:
         wait_until((tmp_path / "output").read_text, 5, "the trap set")
         process.stop(child, patience=0.2)
     assert child.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("service", "state", "code", "good"),
+    [("redis", "running", 0, True), ("redis", "exited", 0, False), ("minio-init", "exited", 0, True)]
+    + [("minio-init", "exited", 1, False), ("redis", "paused", 0, False)],
+)
+def test_only_a_job_may_have_ended(
+    docker: Docker, prepared: Instance, service: str, state: str, code: int, good: bool
+) -> None:
+    """`docker stop` ends a service with code 0: `make status` ends with 1 then, and `make up` starts it again."""
+    docker.has(container(service, state, code=code))
+    (docker.folder / "compose").write_text(f"echo {service} h")
+    assert lifecycle.is_current(compose.Compose(prepared)) is good
+    assert status.main([]) == (0 if good else 1)

@@ -1,7 +1,8 @@
 """make down / make clean: stops the stack; `--volumes` deletes its data as well.
 
 Deleting asks at a terminal; without one it needs --yes (make clean YES=1). Changes only what
-carries this stack's label. Exit: 0 done, 1 failed, 2 usage, 3 refused and nothing changed.
+carries this stack's label, and nothing where another directory's stack has it. Exit: 0 done,
+1 failed, 2 usage, 3 refused and nothing changed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from stack import compose, instance, lifecycle, settings
 from stack.console import say
@@ -30,8 +30,14 @@ def main(argv: Sequence[str]) -> int:
     # What runs is what .env says; stack.env may have been given another name since.
     prepared = here.env_file.exists()
     project = compose.Compose(here).project if prepared else settings.load(here.settings_file).stack_name
-    if not prepared:
-        check_owner(here, project)
+    if not (prepared or here.settings_file.exists() or here.directory == instance.ROOT):
+        raise StackError(
+            "E-NOT-YOURS",
+            f"{here.directory} has no stack, and {project} may be another's",
+            why=f"there is neither stack.env nor .env in {here.directory}",
+            fix="correct STACK_DIR; for a stack whose directory is lost, write its STACK_NAME into a stack.env there",
+        )
+    compose.check_owner(here, project)
     if not arguments.yes:
         confirm(project, compose.volumes(project))
     try:
@@ -47,22 +53,6 @@ def main(argv: Sequence[str]) -> int:
         raise KeyboardInterrupt("data may be deleted, in part or all of it; `make clean` deletes the rest") from None
     say("deleted: containers, volumes, secrets. stack.env, images and your DAGs are kept")
     return 0
-
-
-def check_owner(here: instance.Instance, project: str) -> None:
-    """Without .env only a name says whose data it is. Raises StackError (E-NOT-YOURS) where it may be another's."""
-    files = {Path(one.environment_file) for one in compose.containers(project) if one.environment_file}
-    others = {file.parent for file in files if file != here.env_file and file.exists()}
-    if not others and (here.directory == instance.ROOT or here.settings_file.exists()):
-        return
-    raise StackError(
-        "E-NOT-YOURS",
-        f"{here.directory} has no stack, and {project} may be another's",
-        why=f"containers of {project} belong to {', '.join(map(str, sorted(others)))}"
-        if others
-        else f"there is neither stack.env nor .env in {here.directory}",
-        fix="correct STACK_DIR; for a stack whose directory is lost, write its STACK_NAME into a stack.env there",
-    )
 
 
 def confirm(project: str, volumes: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stack import dags
@@ -109,8 +110,10 @@ class Container:
     config_hash: str
     image: str
     restarts: int
-    environment_file: str = ""
-    """The .env of the stack that it belongs to."""
+    environment_file: str
+    """The .env of the stack that it belongs to; where Compose was not told of one, the one that it looked for."""
+    ours: bool
+    """Whether a stack such as this one made it: compose/common.yaml labels every service."""
 
     @property
     def good(self) -> bool:
@@ -121,7 +124,7 @@ class Container:
 
 
 class Compose:
-    """`docker compose` for one instance. Needs its .env (`make init`)."""
+    """`docker compose` for one instance. Needs its .env (`make init`), made where the instance is now."""
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
@@ -132,7 +135,16 @@ class Compose:
                 why="the stack has not been prepared on this host",
                 fix="run `make up` (or `make init`)",
             )
-        self.values = _parse_environment(instance.env_file.read_text(encoding="utf-8"))
+        self.values = recorded(instance)
+        known = self.values["SECRETS_DIR"] == str(instance.secrets)
+        if not known or not all(Path(name).exists() for name in self.values["COMPOSE_FILE"].split(":")):
+            check_owner(instance, self.project)
+            raise StackError(
+                "E-MOVED",
+                f"{instance.env_file} was not made for the place where it is",
+                why=f"it was made for {Path(self.values['SECRETS_DIR']).parent}; that, or the clone, has moved since",
+                fix="`make up`, or `make init`, which starts nothing, writes it anew; then the same command again",
+            )
 
     @property
     def project(self) -> str:
@@ -209,7 +221,9 @@ def containers(project: str) -> list[Container]:
                 config_hash=labels.get("com.docker.compose.config-hash", ""),
                 image=item["Config"]["Image"],
                 restarts=item["RestartCount"],
-                environment_file=labels.get("com.docker.compose.project.environment_file", ""),
+                environment_file=labels.get("com.docker.compose.project.environment_file")
+                or f"{labels.get('com.docker.compose.project.working_dir', '')}/.env",
+                ours="stack.config" in labels,
             )
         )
     return sorted(found, key=lambda container: container.service)
@@ -220,6 +234,49 @@ def volumes(project: str) -> list[str]:
     return capture(
         ["docker", "volume", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={project}"], timeout=30
     ).out.split()
+
+
+def recorded(instance: Instance) -> dict[str, str]:
+    """What the instance's .env says; nothing where there is none."""
+    return _parse_environment(instance.env_file.read_text(encoding="utf-8")) if instance.env_file.exists() else {}
+
+
+def check_owner(instance: Instance, project: str) -> None:
+    """Raises StackError (E-NOT-YOURS) where a project is that of another directory, or none of our stacks at all.
+
+    Containers have the path of the .env that they were made with, and a .env that came with a copy has those of the
+    original. What is gone from such a path owns nothing any more: the directory was renamed, or is lost.
+    """
+    elsewhere = [one for one in containers(project) if Path(one.environment_file) != instance.env_file]
+    files = {Path(one.environment_file) for one in elsewhere if one.ours}
+    values = recorded(instance)
+    if values.get("STACK_NAME") == project:
+        files.add(Path(values["SECRETS_DIR"]).parent / ".env")
+    others = sorted(str(file.parent) for file in files - {instance.env_file} if _there(file))
+    strangers = [one.name for one in elsewhere if not one.ours]
+    if not others and not strangers:
+        return
+    raise StackError(
+        "E-NOT-YOURS",
+        f"{project} is not the stack of {instance.directory} alone",
+        why=f"its containers or this directory's .env belong to {', '.join(others)}"
+        if others
+        else f"another Compose project has the same name, and the containers {', '.join(strangers)}",
+        fix="run the command in the directory that it is meant for.\n"
+        "For a stack of its own here, also in a copy, set another STACK_NAME (and ports) in stack.env, then `make up`."
+        + (f"\nIf the stack has moved here for good: rm '{others[0]}/.env'" if others else ""),
+    )
+
+
+def _there(path: Path) -> bool:
+    """Whether a file exists; what this user may not look at does."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _parse_environment(text: str) -> dict[str, str]:

@@ -43,6 +43,7 @@ def prepare(instance: Instance) -> Prepared:
     found = host.read()
     preflight.raise_all(preflight.before_engine(found, chosen, instance))
     running = engine.ensure(found, may_install=chosen.install_engine == "auto")
+    compose.check_owner(instance, chosen.stack_name)
     tags = images.tags(chosen)
     due = images.missing(chosen, images.needed(chosen, tags))
     to_build = bool(due) and chosen.image_source == "build"
@@ -220,6 +221,7 @@ class _Watch:
 def down(instance: Instance, *, volumes: bool = False) -> None:
     """Stops and removes the containers; with `volumes` the data as well."""
     stack = Compose(instance)
+    compose.check_owner(instance, stack.project)
     words = ["down", "--remove-orphans", *(["--volumes"] if volumes else [])]
     # Opt-in services are stopped whatever the setting says now.
     title = "stopping and deleting all data" if volumes else "stopping (data is kept)"

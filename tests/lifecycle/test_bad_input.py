@@ -229,7 +229,8 @@ def test_clean_deletes_nothing_by_a_name_alone(instance: Path) -> None:
     image = run("docker", "image", "ls", "--quiet", "*/postgres").output.split()[0]
     run("docker", "volume", "create", "--label", f"{label}={PROJECT}", volume)
     environment_file = f"{label}.environment_file={other / '.env'}"
-    words = ["docker", "create", "--label", f"{label}={PROJECT}", "--label", environment_file, image]
+    words = ["docker", "create", *("--label", f"{label}={PROJECT}", "--label", environment_file)]
+    words += ["--label", "stack.config=x", image]
     container = run(*words).output.strip()
 
     def clean() -> Run:

@@ -13,9 +13,8 @@ import pytest
 
 from stack import dags
 from stack.airflow import Airflow
-from stack.compose import volumes
+from stack.compose import JOBS, volumes
 from stack.instance import ROOT
-from stack.compose import JOBS
 from tests import git_server
 from tests.lifecycle.test_verbs import ids
 from tests.repositories import Repository, certificate

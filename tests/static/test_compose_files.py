@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from stack import compose, dags, images, plan, secrets, settings
-from stack.instance import ROOT, Instance
 from stack.compose import JOBS
+from stack.instance import ROOT, Instance
 
 WEB = {"airflow-apiserver", "mlflow", "flower", "serving"}
 # Not the default, so that an address that somebody writes into a file is seen.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import down
 import pytest
-
 import status
-from stack import compose, lifecycle, process
+
+from stack import compose, engine, lifecycle, preflight, process
+from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
 from tests.support import gone, wait_until
 
@@ -52,15 +55,18 @@ esac
         return dict(line.split("=", 1) for line in (self.folder / "env").read_text().splitlines() if "=" in line)
 
 
-def container(service: str, state: str = "running", *, code: int = 0, **labels: str) -> dict[str, Any]:
-    """A container of the project `ours`, as `docker inspect` shows it; labels with their names' last parts."""
-    own = {"project": "ours", "service": service, "config-hash": "h"}
-    own |= {f"project.{name}": value for name, value in labels.items()}
+def container(
+    service: str, state: str = "running", *, code: int = 0, ours: bool = True, **labels: str
+) -> dict[str, Any]:
+    """A container of the project `ours`, as `docker inspect` shows it; labels of the project with their last words."""
+    compose_labels = {"project": "ours", "service": service, "config-hash": "h"}
+    compose_labels |= {f"project.{name}": value for name, value in labels.items()}
+    own = {f"com.docker.compose.{name}": value for name, value in compose_labels.items()}
     return {
         "Id": service,
         "Name": f"/ours-{service}-1",
         "State": {"Status": state, "ExitCode": code},
-        "Config": {"Labels": {f"com.docker.compose.{name}": value for name, value in own.items()}, "Image": "x"},
+        "Config": {"Labels": own | ({"stack.config": "x"} if ours else {}), "Image": "x"},
         "RestartCount": 0,
     }
 
@@ -77,10 +83,9 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Instance:
     """An instance with a plan and secrets; the programs take it for the current one."""
     made = Instance(tmp_path / "instance")
     made.secrets.mkdir(parents=True)
-    made.env_file.write_text(
-        "COMPOSE_PROJECT_NAME='ours'\nCOMPOSE_FILE='/clone/compose.yaml'\nCOMPOSE_PROFILES=''\nSTACK_NAME='ours'\n"
-        "BIND_ADDRESS='127.0.0.1'\n"
-    )
+    values = {"COMPOSE_PROJECT_NAME": "ours", "COMPOSE_FILE": f"{ROOT}/compose.yaml", "COMPOSE_PROFILES": ""}
+    values |= {"STACK_NAME": "ours", "BIND_ADDRESS": "127.0.0.1", "SECRETS_DIR": str(made.secrets)}
+    made.env_file.write_text(compose.render_environment(values))
     monkeypatch.setenv("STACK_DIR", str(made.directory))
     return made
 
@@ -139,8 +144,13 @@ def test_compose_that_does_not_end_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("service", "state", "code", "good"),
-    [("redis", "running", 0, True), ("redis", "exited", 0, False), ("minio-init", "exited", 0, True)]
-    + [("minio-init", "exited", 1, False), ("redis", "paused", 0, False)],
+    [
+        ("redis", "running", 0, True),
+        ("redis", "exited", 0, False),
+        ("redis", "paused", 0, False),
+        ("minio-init", "exited", 0, True),
+        ("minio-init", "exited", 1, False),
+    ],
 )
 def test_only_a_job_may_have_ended(
     docker: Docker, prepared: Instance, service: str, state: str, code: int, good: bool
@@ -150,3 +160,99 @@ def test_only_a_job_may_have_ended(
     (docker.folder / "compose").write_text(f"echo {service} h")
     assert lifecycle.is_current(compose.Compose(prepared)) is good
     assert status.main([]) == (0 if good else 1)
+
+
+def started(docker: Docker, env_file: Path) -> None:
+    """A container of the stack with this .env."""
+    docker.has(container("redis", environment_file=str(env_file)))
+
+
+def refused(docker: Docker, code: str, *words: str) -> StackError:
+    """`make down` (or clean) ends with this code, and has changed nothing."""
+    with pytest.raises(StackError) as error:
+        down.main(words)
+    assert (error.value.code, error.value.exit_code) == (code, Exit.PRECONDITION)
+    assert not [call for call in docker.calls if not call.startswith(("ps", "inspect"))]
+    return error.value
+
+
+@pytest.mark.parametrize("words", [[], ["--volumes", "--yes"]], ids=["down", "clean"])
+def test_a_copy_does_not_stop_the_original(docker: Docker, prepared: Instance, words: list[str]) -> None:
+    """`cp -a`, then `make clean` in the copy: refused, whether or not the original runs; the error says the way out."""
+    copy = prepared.directory.with_name("copy")
+    shutil.copytree(prepared.directory, copy)
+    os.environ["STACK_DIR"] = str(copy)
+    assert "STACK_NAME" in refused(docker, "E-NOT-YOURS", *words).fix
+    started(docker, prepared.env_file)
+    assert str(prepared.directory) in refused(docker, "E-NOT-YOURS", *words).why
+    # With paths of its own, and the original's name all the same.
+    text = prepared.env_file.read_text()
+    (copy / ".env").write_text(text.replace(str(prepared.directory), str(copy)))
+    refused(docker, "E-NOT-YOURS", *words)
+    os.environ["STACK_DIR"] = str(prepared.directory)
+    assert down.main(words) == 0, "the original is its own"
+
+
+def test_up_does_not_take_over_anothers_stack(
+    docker: Docker, prepared: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is written; with a name of its own the check lets a copy pass."""
+    monkeypatch.setattr(preflight, "before_engine", lambda *_: [])
+    monkeypatch.setattr(engine, "ensure", lambda *_, **__: None)
+    here = Instance(prepared.directory.with_name("copy"))
+    shutil.copytree(prepared.directory, here.directory)
+    here.settings_file.write_text("STACK_NAME=ours\n")
+    before = here.env_file.read_text()
+    with pytest.raises(StackError) as error:
+        lifecycle.up(here)
+    assert error.value.code == "E-NOT-YOURS"
+    assert here.env_file.read_text() == before
+    assert not [call for call in docker.calls if not call.startswith("ps")]
+    compose.check_owner(here, "its-own")
+
+
+@pytest.mark.parametrize("labels", [{}, {"working_dir": "/srv/shop"}, {"environment_file": "/srv/shop/gone.env"}])
+def test_another_compose_project_of_the_same_name_is_none_of_ours(
+    docker: Docker, prepared: Instance, labels: dict[str, str]
+) -> None:
+    docker.has(container("web", ours=False, **labels))
+    for words in ([], ["--volumes", "--yes"]):
+        assert "ours-web-1" in refused(docker, "E-NOT-YOURS", *words).why
+    prepared.env_file.unlink()
+    prepared.settings_file.write_text("STACK_NAME=ours\n")
+    refused(docker, "E-NOT-YOURS", "--volumes", "--yes")
+
+
+def test_a_renamed_directory_keeps_its_stack(docker: Docker, prepared: Instance) -> None:
+    """Running or not: the error names `make up`; with the paths written anew everything is as before."""
+    here = Instance(prepared.directory.with_name("renamed"))
+    prepared.directory.rename(here.directory)
+    os.environ["STACK_DIR"] = str(here.directory)
+    for run in (docker.has, lambda: started(docker, prepared.env_file)):
+        run()
+        assert "make up" in refused(docker, "E-MOVED").fix
+        compose.check_owner(here, "ours")
+    here.env_file.write_text(here.env_file.read_text().replace(str(prepared.directory), str(here.directory)))
+    assert down.main([]) == 0
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_directory_that_may_not_be_looked_into_is_not_lost(docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's stack: nothing of it is seen from here but its containers."""
+    theirs = Path("/home/them/mlstack/.env")
+    started(docker, theirs)
+    real = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path == theirs:
+            raise PermissionError
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    refused(docker, "E-NOT-YOURS", "--volumes", "--yes")
+
+
+def test_what_compose_made_by_hand_in_the_clone_is_the_clones(docker: Docker) -> None:
+    """`docker compose up postgres` (docs/upgrade.md): without --env-file there is no label of one."""
+    docker.has(container("postgres", working_dir=str(ROOT)))
+    compose.check_owner(Instance(ROOT), "ours")

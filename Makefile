@@ -16,8 +16,8 @@ init: venv ## Check this host, write the plan and the secrets; start nothing
 	@$(PYTHON) scripts/init.py
 down: venv ## Stop everything; data is kept
 	@$(PYTHON) scripts/down.py
-restart: venv ## Stop and start again; data is kept
-	@$(PYTHON) scripts/down.py && $(PYTHON) scripts/up.py
+restart: venv ## Check and build, then stop and start again; data is kept
+	@$(PYTHON) scripts/up.py --restart
 clean: venv ## DANGER: stop and delete all data and secrets (asks; unattended: YES=1)
 	@$(PYTHON) scripts/down.py --volumes $(if $(filter 1,$(YES)),--yes)
 

@@ -119,15 +119,20 @@ def _hand_over(instance: Instance) -> None:
         os.chown(path, owner.st_uid, owner.st_gid)
 
 
-def up(instance: Instance) -> Prepared:
-    """Brings the stack up and returns when every service is healthy."""
+def up(instance: Instance, *, restart: bool = False) -> Prepared:
+    """Brings the stack up and returns when every service is healthy; with `restart` all of it is stopped before.
+
+    What is refused, or cannot be built or pulled, is known before anything is stopped.
+    """
     prepared = prepare(instance)
     if prepared.written:
         say(f"init: wrote {summary(prepared.written)}")
     if "airflow" in images.ensure(host.read(), prepared.settings, prepared.tags):
         _check_dags(instance, prepared.settings, prepared.tags, late=True)
     stack = Compose(instance)
-    if is_current(stack):
+    if restart:
+        down(instance)
+    elif is_current(stack):
         say("nothing to do: every service is healthy and as configured")
         return prepared
     start(stack)

@@ -8,16 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import down
 import pytest
 import status
+import up
 
-from stack import compose, engine, lifecycle, preflight, process
+from stack import compose, engine, images, lifecycle, preflight, process
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
+from stack.plan import load_sizing, make_plan
+from stack.settings import DEFAULTS
 from tests.support import gone, wait_until
 
 
@@ -256,3 +260,32 @@ def test_what_compose_made_by_hand_in_the_clone_is_the_clones(docker: Docker) ->
     """`docker compose up postgres` (docs/upgrade.md): without --env-file there is no label of one."""
     docker.has(container("postgres", working_dir=str(ROOT)))
     compose.check_owner(Instance(ROOT), "ours")
+
+
+@pytest.mark.parametrize("step", ["prepare", "ensure", "down", "start"])
+@pytest.mark.usefixtures("prepared")
+def test_a_restart_stops_only_what_will_start_again(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """`make restart` checks and builds first: what fails there leaves the stack as it runs."""
+    done = []
+
+    def note(name: str, answer: object) -> Callable[..., object]:
+        def call(*_: object, **__: object) -> object:
+            done.append(name)
+            if name == step:
+                raise StackError("E-X", "refused", why="", fix="")
+            return answer
+
+        return call
+
+    found = lifecycle.Prepared(DEFAULTS, make_plan(load_sizing(), 8192, 2), {}, [])
+    monkeypatch.setattr(lifecycle, "prepare", note("prepare", found))
+    monkeypatch.setattr(images, "ensure", note("ensure", []))
+    monkeypatch.setattr(lifecycle, "down", note("down", None))
+    monkeypatch.setattr(lifecycle, "start", note("start", None))
+    recipe = ["make", "--no-print-directory", "--dry-run", "restart"]
+    *_, program = process.capture(recipe, timeout=20, cwd=ROOT).out.splitlines()
+    assert program.split()[1:2] == ["scripts/up.py"]
+    with pytest.raises(StackError, match="refused"):
+        up.main(program.split()[2:])
+    order = ["prepare", "ensure", "down", "start"]
+    assert done == order[: order.index(step) + 1]

@@ -161,7 +161,7 @@ def start(stack: Compose) -> None:
     if unwanted := {container.service for container in stack.containers()} - wanted:
         stack.capture("--profile", "*", "rm", "--stop", "--force", *sorted(unwanted), timeout=120)
     with Step(f"starting {len(wanted)} services") as progress, tempfile.TemporaryFile("w+") as output:
-        up_command = stack.command("up", "--detach", "--remove-orphans", "--no-build", "--pull", "never")
+        up_command = stack.command("up", "--detach", "--remove-orphans", "--no-build")
         child = start_process(up_command, output, stack.variables)
         deadline = time.monotonic() + patience
         try:

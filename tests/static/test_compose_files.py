@@ -122,9 +122,13 @@ def test_git_every_overlay_is_for_something(git: compose.Compose) -> None:
 
 
 def test_images_are_our_own(services: dict[str, dict[str, Any]]) -> None:
-    """Every service runs an image of the bundle, under the operator's prefix, and every image is run."""
+    """Every service runs an image of the bundle, under the operator's prefix, and every image is run.
+
+    Compose neither builds nor pulls it, whatever the command: `docker compose run` has no other way to be told.
+    """
     for name, service in services.items():
         assert "build" not in service, name
+        assert service["pull_policy"] == "never", name
     assert {service["image"] for service in services.values()} == {f"mlstack/{image}:tag" for image in images.IMAGES}
 
 

@@ -38,6 +38,7 @@ case "$*" in
   ps*) cat '{folder}/ids' ;;
   inspect*) cat '{folder}/containers' ;;
   volume*) cat '{folder}/volumes' ;;
+  image*) exit 1 ;;
 esac
 """)
         program.chmod(0o755)
@@ -289,3 +290,13 @@ def test_a_restart_stops_only_what_will_start_again(monkeypatch: pytest.MonkeyPa
         up.main(program.split()[2:])
     order = ["prepare", "ensure", "down", "start"]
     assert done == order[: order.index(step) + 1]
+
+
+def test_a_missing_image_is_told_before_compose_looks_for_it(docker: Docker, prepared: Instance) -> None:
+    with prepared.env_file.open("a") as file:
+        file.write("IMAGE_PREFIX='mlstack'\nAIRFLOW_TAG='1'\n")
+    command = [sys.executable, ROOT / "scripts/compose.py", "run", "--rm", "airflow-cli", "dag-lint"]
+    said = process.capture(command, timeout=20, check=False)
+    assert said.code == Exit.PRECONDITION
+    assert "error[E-IMAGE]: this engine does not have mlstack/airflow:1" in said.err
+    assert docker.calls == ["image inspect mlstack/airflow:1"]

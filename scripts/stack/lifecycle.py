@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ from stack.console import Step, say
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
 from stack.plan import Plan
-from stack.process import capture
-from stack.process import start as start_process
-from stack.process import stop as stop_process
+from stack.process import Child, capture
 
 UP_PATIENCE_S = 420
 """A start from empty volumes took 40 s on 2 cores; a slow disk may need ten times that."""
@@ -160,9 +157,9 @@ def start(stack: Compose) -> None:
     # Compose leaves an opt-in service running when its setting is turned off.
     if unwanted := {container.service for container in stack.containers()} - wanted:
         stack.capture("--profile", "*", "rm", "--stop", "--force", *sorted(unwanted), timeout=120)
-    with Step(f"starting {len(wanted)} services") as progress, tempfile.TemporaryFile("w+") as output:
+    with Step(f"starting {len(wanted)} services") as progress:
         up_command = stack.command("up", "--detach", "--remove-orphans", "--no-build")
-        child = start_process(up_command, output, stack.variables)
+        child = Child(up_command, stack.variables)
         deadline = time.monotonic() + patience
         try:
             while True:
@@ -176,12 +173,11 @@ def start(stack: Compose) -> None:
                 if ended not in (None, 0) and attempts < UP_ATTEMPTS and not compose.failed(now.values()):
                     # No service failed: the engine lost a race ("No such container", of one that runs).
                     attempts += 1
-                    child = start_process(up_command, output, stack.variables)
+                    child = Child(up_command, stack.variables)
                     continue
                 if ended not in (None, 0):
-                    output.seek(0)
-                    tail = "\n".join(output.read().strip().splitlines()[-3:])
-                    raise compose.not_healthy(stack, f"docker compose up ended with code {ended}: {tail}", Exit.FAILED)
+                    said = f"docker compose up ended with code {ended}: {child.tail(3)}"
+                    raise compose.not_healthy(stack, said, Exit.FAILED)
                 watch.look(now)
                 if time.monotonic() > deadline:
                     raise compose.not_healthy(
@@ -189,7 +185,7 @@ def start(stack: Compose) -> None:
                     )
                 time.sleep(0.5)
         finally:
-            stop_process(child)
+            child.stop()
 
 
 class _Watch:
@@ -230,8 +226,8 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
     words = ["down", "--remove-orphans", *(["--volumes"] if volumes else [])]
     # Opt-in services are stopped whatever the setting says now.
     title = "stopping and deleting all data" if volumes else "stopping (data is kept)"
-    with Step(title) as progress, tempfile.TemporaryFile("w+") as output:
-        child = start_process(stack.command("--profile", "*", *words), output, stack.variables)
+    with Step(title) as progress:
+        child = Child(stack.command("--profile", "*", *words), stack.variables)
         deadline = time.monotonic() + STOP_GRACE_S + 100
         try:
             while (code := child.poll()) is None:
@@ -242,9 +238,7 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
                     break
                 time.sleep(0.3)
         finally:
-            stop_process(child)
-        output.seek(0)
-        tail = "\n".join(output.read().strip().splitlines()[-8:])
+            child.stop()
     if code == 0 and volumes:
         # Compose removes what its files declare now; a setting that is off again may have left more.
         for name in compose.volumes(stack.project):
@@ -253,7 +247,7 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
         raise StackError(
             "E-DOWN",
             f"docker compose down ended with code {code}",
-            why=tail,
+            why=child.tail(8),
             fix="run the same command again; `docker ps` shows what is left",
             changed="some containers may be gone",
             exit_code=Exit.FAILED,

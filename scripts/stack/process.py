@@ -10,10 +10,11 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from stack.errors import Exit, StackError
 
@@ -146,27 +147,46 @@ def _failure(words: Sequence[str], why: str, output: str, code: Exit = Exit.FAIL
     )
 
 
-def start(command: Sequence[str | Path], output: IO[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Starts a command whose end the caller watches; its output goes to a file.
+class Child:
+    """A command in the background, whose end the caller watches; the last lines of its output are kept in memory.
 
     It is a group of its own: Ctrl-C reaches the caller, who decides.
     """
-    return subprocess.Popen(
-        [str(word) for word in command],
-        env={**os.environ, **env},
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
+    def __init__(self, command: Sequence[str | Path], env: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [str(word) for word in command],
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._lines: deque[str] = deque(maxlen=100)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-def stop(child: subprocess.Popen[str], *, patience: float = 30) -> None:
-    """Ends what `start` has started, with its group: politely, and by force after `patience` seconds."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if child.poll() is not None:
-            return
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(child.pid, number)
-            child.wait(timeout=patience)
+    def _read(self) -> None:
+        assert self._process.stdout
+        self._lines.extend(self._process.stdout)
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+        return self._process.poll()
+
+    def tail(self, count: int) -> str:
+        """The last lines of what it has printed."""
+        # Of a command that has ended there is little left to read, unless a child of its holds the pipe.
+        self._reader.join(timeout=1)
+        return "".join(list(self._lines)[-count:]).strip()
+
+    def stop(self, *, patience: float = 30) -> None:
+        """Ends it, with its group: politely, and by force after `patience` seconds."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self.poll() is not None:
+                return
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self._process.pid, number)
+                self._process.wait(timeout=patience)

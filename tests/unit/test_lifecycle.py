@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,13 +140,33 @@ def test_an_interrupted_stop_stops_compose_too(
     assert prepared.env_file.exists(), "the next attempt knows what to delete"
 
 
-def test_compose_that_does_not_end_is_killed(tmp_path: Path) -> None:
+def test_compose_that_does_not_end_is_killed() -> None:
     """A time-out, not a traceback, is what the operator is told."""
-    with (tmp_path / "output").open("w") as output:
-        child = process.start(["sh", "-c", "trap '' TERM; echo ready; sleep 20"], output, {})
-        wait_until((tmp_path / "output").read_text, 5, "the trap set")
-        process.stop(child, patience=0.2)
-    assert child.returncode == -signal.SIGKILL
+    child = process.Child(["sh", "-c", "trap '' TERM; echo ready; sleep 20"], {})
+    wait_until(lambda: child.tail(1), 5, "the trap set")
+    child.stop(patience=0.2)
+    assert child.poll() == -signal.SIGKILL
+
+
+def test_a_full_disk_does_not_keep_a_stack_from_stopping(
+    docker: Docker, prepared: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written to stop; Compose's last words are told from memory, however much it says."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", raising(OSError(errno.ENOSPC, "No space left on device")))
+    lifecycle.down(prepared)
+    (docker.folder / "compose").write_text("yes | head -n 100000; echo its last words; exit 7")
+    with pytest.raises(StackError) as error:
+        lifecycle.down(prepared)
+    assert error.value.why.splitlines() == [*["y"] * 7, "its last words"]
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    """A function that fails."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize(

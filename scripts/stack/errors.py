@@ -6,6 +6,7 @@ nothing was changed, 4 a bounded wait ran out.
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -73,8 +74,21 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except StackError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        told = StackError(
+            "E-OS",
+            f"the system refused something: {error}",
+            why="the disk, or this user's share of it, is full"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "the message is the operating system's own",
+            fix="mend that (`df -h` and `docker system df` show what is full), then run the same command again",
+            changed="what was done before that stays",
+            exit_code=Exit.FAILED,
+        )
+        print(told, file=sys.stderr)
+        code = told.exit_code
     except KeyboardInterrupt as error:
-        told = str(error) or "nothing is lost, run the same command again to go on"
-        print(f"\ninterrupted: {told}", file=sys.stderr)
+        words = str(error) or "nothing is lost, run the same command again to go on"
+        print(f"\ninterrupted: {words}", file=sys.stderr)
         code = 130
     sys.exit(code)

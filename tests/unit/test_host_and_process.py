@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from stack import compose, engine, host, images, preflight, process
-from stack.errors import Exit, StackError
+from stack.errors import Exit, StackError, run_main
 from stack.instance import ROOT
 from stack.settings import DEFAULTS
 from tests.support import gone, wait_until
@@ -135,6 +138,23 @@ def test_errors_say_what_why_fix_and_what_was_changed() -> None:
     assert text == (
         "error[E-X]: what\n  why: why\n       more\n  fix: fix\n  changed: nothing. more: docs/errors.md#e-x"
     )
+
+
+def test_a_full_disk_is_an_error_with_a_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system refuses is told as everything else is, with the file's name; the program ends with 1."""
+    # Ours stay as they are.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def main(_: Sequence[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/srv/.env")
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    told = capsys.readouterr().err
+    assert (ended.value.code, "error[E-OS]" in told, "is full" in told) == (Exit.FAILED, True, True)
+    assert "No space left on device: '/srv/.env'" in told
 
 
 def test_several_errors_are_told_at_once() -> None:

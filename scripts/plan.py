@@ -71,7 +71,7 @@ def take_over(here: instance.Instance, *, yes: bool) -> int:
         raise StackError(
             "E-CONFIRM", "stack.env was not changed", why="nobody said yes", fix="make plan FROM=observed YES=1"
         )
-    here.settings_file.write_text(after, encoding="utf-8")
+    instance.write(here.settings_file, after)
     print("written; `make up` puts it in place (running tasks may end first)")
     return Exit.DONE
 

@@ -6,7 +6,9 @@ several stacks, each with its own project name, ports, secrets and volumes, stan
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,26 @@ class Instance:
     def secrets(self) -> Path:
         """The directory of the generated secrets, one file each."""
         return self.directory / "secrets"
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; one that is there keeps its mode and, where we may give it away, its owner.
+
+    Raises OSError, as on a full disk: then the file is as it was.
+    """
+    # What a link points to is written, not the link.
+    path = path.resolve()
+    partial = path.with_name(f"{path.name}.new")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if path.exists():
+            before = path.stat()
+            with contextlib.suppress(PermissionError):
+                os.chown(partial, before.st_uid, before.st_gid)
+            partial.chmod(stat.S_IMODE(before.st_mode))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def current() -> Instance:

@@ -13,7 +13,7 @@ from stack import compose, dags, engine, host, images, preflight, secrets, setti
 from stack.compose import Compose, Container
 from stack.console import Step, say
 from stack.errors import Exit, StackError
-from stack.instance import ROOT, Instance
+from stack.instance import ROOT, Instance, write
 from stack.plan import Plan
 from stack.process import Child, capture
 
@@ -54,7 +54,7 @@ def prepare(instance: Instance) -> Prepared:
     instance.directory.mkdir(parents=True, exist_ok=True)
     written = []
     if not instance.settings_file.exists():
-        instance.settings_file.write_text(settings.render_defaults(), encoding="utf-8")
+        write(instance.settings_file, settings.render_defaults())
         written.append(instance.settings_file.name)
     written += [f"secrets/{name}" for name in secrets.ensure(instance.secrets, chosen, missing)]
     values = compose.environment(instance, chosen, plan, tags) | {
@@ -65,7 +65,7 @@ def prepare(instance: Instance) -> Prepared:
         values["DAGS_GIT_DIGEST"] = _digest(instance.secrets, only=dags.SECRETS)
     text = compose.render_environment(values)
     if not instance.env_file.exists() or instance.env_file.read_text(encoding="utf-8") != text:
-        instance.env_file.write_text(text, encoding="utf-8")
+        write(instance.env_file, text)
         written.append(instance.env_file.name)
     _hand_over(instance)
     return Prepared(chosen, plan, tags, written)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import resource
 import shutil
 import signal
 import time
@@ -13,7 +15,7 @@ import pytest
 
 from stack import compose, engine, host, images, preflight, process
 from stack.errors import Exit, StackError, run_main
-from stack.instance import ROOT
+from stack.instance import ROOT, write
 from stack.settings import DEFAULTS
 from tests.support import gone, wait_until
 
@@ -131,6 +133,32 @@ def test_env_files_keep_spaces_and_refuse_quotes() -> None:
     for bad in ("it's", "two\nlines"):
         with pytest.raises(StackError, match="quote or a line break"):
             compose.render_environment({"A": bad})
+
+
+def test_a_full_disk_leaves_a_file_as_it_was(tmp_path: Path) -> None:
+    """stack.env is the operator's: it is never without its content, and keeps its mode, its owner and a link to it."""
+    file, link = tmp_path / "stack.env", tmp_path / "link"
+    file.write_text("AIRFLOW_PORT=8081\n")
+    file.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(file, 1234, 1235)
+    before = file.stat()
+    link.symlink_to(file)
+    # Python ignores SIGXFSZ: the kernel refuses what makes a file larger than 4 bytes.
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limit[1]))
+    try:
+        with pytest.raises(OSError):
+            write(link, "AIRFLOW_PORT=8082\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert file.read_text() == "AIRFLOW_PORT=8081\n"
+    write(link, "AIRFLOW_PORT=8082\n")
+    assert file.read_text() == link.read_text() == "AIRFLOW_PORT=8082\n"
+    after = file.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, file]
 
 
 def test_errors_say_what_why_fix_and_what_was_changed() -> None:

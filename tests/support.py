@@ -205,6 +205,22 @@ def gone(pid: int) -> bool:
         return True
 
 
+@contextlib.contextmanager
+def hidden_folder(base: Path) -> Iterator[Path]:
+    """A folder that exists, in one that this process may not look into for a while; root is nobody meanwhile."""
+    hidden = base / "closed" / "hidden"
+    hidden.mkdir(parents=True)
+    hidden.parent.chmod(0)
+    nobody = 65534 if os.geteuid() == 0 else os.geteuid()
+    os.setresuid(nobody, nobody, -1)
+    try:
+        yield hidden
+    finally:
+        _, _, before = os.getresuid()
+        os.setresuid(before, before, -1)
+        hidden.parent.chmod(0o700)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
     with contextlib.ExitStack() as held:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -311,7 +312,7 @@ def gather(stack: Compose, airflow: Airflow | StackError, since: float) -> Evide
     evidence.events = [json.loads(line) for line in events.out.splitlines() if line.startswith("{")]
     evidence.kernel = _kernel(evidence)
     root = capture(["docker", "info", "--format", "{{.DockerRootDir}}"], timeout=30, check=False).out.strip()
-    if root and Path(root).exists():
+    if root and os.access(root, os.F_OK):
         evidence.disk[root] = shutil.disk_usage(root).free // 2**20
     try:
         evidence.overruns = observed.read(stack, since).overruns

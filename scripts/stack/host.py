@@ -70,8 +70,8 @@ def cpu_count() -> float:
 
 
 def free_disk_mib(path: Path) -> int:
-    """MiB free on the file system of `path`, or of its nearest parent that exists."""
-    while not path.exists():
+    """MiB free on the file system of `path`, or of its nearest parent that exists and that we may look at."""
+    while not os.access(path, os.F_OK):
         path = path.parent
     return shutil.disk_usage(path).free // MIB
 

@@ -143,10 +143,9 @@ def check_disk(path: Path, need_mib: int, what_for: str) -> None:
 
 
 def check_engine_disk(engine: Engine, *, to_build: bool) -> None:
-    """Raises E-DISK when the engine's own file system lacks room; a remote engine's is not seen."""
-    root = Path(engine.root_dir)
-    if root.exists():
-        check_disk(root, DISK_TO_BUILD_MIB if to_build else DISK_TO_RUN_MIB, "images and data")
+    """Raises E-DISK when the engine's own file system lacks room; a remote or a hidden one is not seen."""
+    if os.access(engine.root_dir, os.F_OK):
+        check_disk(Path(engine.root_dir), DISK_TO_BUILD_MIB if to_build else DISK_TO_RUN_MIB, "images and data")
 
 
 def check_clock() -> None:
@@ -213,7 +212,7 @@ def _mounted(folder: Path) -> Iterator[Path]:
 def check_writable(directory: Path) -> None:
     """Raises E-WRITE when the instance's directory cannot be written by this user."""
     nearest = directory
-    while not nearest.exists():
+    while not os.access(nearest, os.F_OK):
         nearest = nearest.parent
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise StackError(

@@ -14,11 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import down
 import pytest
-import status
-import up
 
+from scripts import down, status, up
 from stack import compose, engine, images, lifecycle, preflight, process
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance

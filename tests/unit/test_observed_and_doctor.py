@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,10 @@ import pytest
 from scripts import plan as plan_program
 from stack import doctor, observed, plan, settings
 from stack.doctor import Evidence
+from stack.errors import StackError
 from stack.observed import Overrun, Task
+from stack.process import Result
+from tests.support import hidden_folder
 
 ID = "c0ffee" * 10
 
@@ -180,3 +185,15 @@ def test_the_same_again_is_told_once() -> None:
     evidence = Evidence(0, names={ID: "mlflow"}, kernel=[(n, KILL.format("CONSTRAINT_MEMCG", id=ID)) for n in (1, 2)])
     (found,) = doctor.diagnose(evidence)
     assert (found.count, found.at) == (2, 2)
+
+
+def test_an_engine_whose_disk_may_not_be_looked_at_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user in the docker group sees its root directory by name only."""
+    stack: Any = SimpleNamespace(project="x", containers=list)
+    monkeypatch.setattr(observed, "read", lambda *_: SimpleNamespace(overruns=[]))
+    with hidden_folder(tmp_path) as hidden:
+        answers = {("docker", "info"): str(hidden)}
+        monkeypatch.setattr(doctor, "capture", lambda words, **_: Result(0, answers.get(tuple(words[:2]), ""), ""))
+        assert doctor.gather(stack, StackError("E-X", "not asked", why="", fix=""), 0).disk == {}

@@ -16,7 +16,7 @@ from stack.engine import Engine
 from stack.errors import Exit, StackError
 from stack.host import Host
 from stack.instance import ROOT, Instance
-from tests.support import free_ports
+from tests.support import free_ports, hidden_folder
 
 HOST = Host(8192, 2, "x86_64", "debian", "13", root=False, systemd=True)
 ENGINE = Engine("26.1.5", "2.26.1", 8192, 2, "/no/such/root", memory_limits=True)
@@ -182,6 +182,16 @@ def test_a_full_engine_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert refused.value.code == "E-DISK"
     preflight.check_engine_disk(engine, to_build=False)
     preflight.check_engine_disk(ENGINE, to_build=True)
+
+
+def test_what_may_not_be_looked_at_is_no_traceback(tmp_path: Path) -> None:
+    """The engine's data in somebody's home, a clone below one: not seen, or refused, as what is not there."""
+    with hidden_folder(tmp_path) as hidden:
+        preflight.check_engine_disk(replace(ENGINE, root_dir=str(hidden)), to_build=True)
+        preflight.check_disk(hidden, 1, "x")
+        with pytest.raises(StackError) as refused:
+            preflight.check_writable(hidden)
+    assert refused.value.code == "E-WRITE"
 
 
 def test_a_refused_prepare_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,9 @@ def main(argv: Sequence[str]) -> int:
         lifecycle.down(here)
         return 0
     # What runs is what .env says; stack.env may have been given another name since.
-    prepared = here.env_file.exists()
-    project = compose.Compose(here).project if prepared else settings.load(here.settings_file).stack_name
-    if not (prepared or here.settings_file.exists() or here.directory == instance.ROOT):
+    values = compose.recorded(here)
+    project = values["STACK_NAME"] if values else settings.load(here.settings_file).stack_name
+    if not (values or here.settings_file.exists() or here.directory == instance.ROOT):
         raise StackError(
             "E-NOT-YOURS",
             f"{here.directory} has no stack, and {project} may be another's",
@@ -41,10 +41,10 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.yes:
         confirm(project, compose.volumes(project))
     try:
-        if prepared:
+        if values and compose.in_place(here, values):
             lifecycle.down(here, volumes=True)
         else:
-            # The way out of E-SECRET-LOST when the whole directory of a stack was lost.
+            # The way out of E-SECRET-LOST when the whole directory of a stack was lost, or has moved.
             compose.remove_project(project)
         # The secrets fit only the data that has just gone; the next `make up` makes new ones.
         shutil.rmtree(here.secrets, ignore_errors=True)

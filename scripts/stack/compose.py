@@ -128,16 +128,15 @@ class Compose:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
-        if not instance.env_file.exists():
+        self.values = recorded(instance)
+        if not self.values:
             raise StackError(
                 "E-NO-INIT",
-                f"{instance.env_file} does not exist",
+                f"{instance.env_file} does not exist, or is not whole",
                 why="the stack has not been prepared on this host",
                 fix="run `make up` (or `make init`)",
             )
-        self.values = recorded(instance)
-        known = self.values["SECRETS_DIR"] == str(instance.secrets)
-        if not known or not all(Path(name).exists() for name in self.values["COMPOSE_FILE"].split(":")):
+        if not in_place(instance, self.values):
             check_owner(instance, self.project)
             raise StackError(
                 "E-MOVED",
@@ -237,8 +236,18 @@ def volumes(project: str) -> list[str]:
 
 
 def recorded(instance: Instance) -> dict[str, str]:
-    """What the instance's .env says; nothing where there is none."""
-    return _parse_environment(instance.env_file.read_text(encoding="utf-8")) if instance.env_file.exists() else {}
+    """What the instance's .env says; nothing where there is none, or not all of what makes a plan."""
+    try:
+        values = _parse_environment(instance.env_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return values if {"STACK_NAME", "COMPOSE_FILE", "SECRETS_DIR"} <= values.keys() else {}
+
+
+def in_place(instance: Instance, values: Mapping[str, str]) -> bool:
+    """Whether what .env says was made for where the instance and the clone are now."""
+    files = values["COMPOSE_FILE"].split(":")
+    return values["SECRETS_DIR"] == str(instance.secrets) and all(Path(name).exists() for name in files)
 
 
 def check_owner(instance: Instance, project: str) -> None:

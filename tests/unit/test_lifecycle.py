@@ -261,6 +261,24 @@ def test_a_renamed_directory_keeps_its_stack(docker: Docker, prepared: Instance)
     assert down.main([]) == 0
 
 
+@pytest.mark.parametrize("damage", ["moved", "not whole"])
+def test_clean_needs_no_plan_that_fits(docker: Docker, prepared: Instance, damage: str) -> None:
+    """Else `make init`, refused for want of a secret, and `make clean` would send the operator to one another."""
+    started(docker, prepared.env_file)
+    here = prepared
+    if damage == "moved":
+        here = Instance(prepared.directory.with_name("renamed"))
+        prepared.directory.rename(here.directory)
+        os.environ["STACK_DIR"] = str(here.directory)
+    else:
+        prepared.env_file.write_text("STACK_NAME='ours'\n")
+        refused(docker, "E-NO-INIT")
+    here.settings_file.write_text("STACK_NAME=ours\n")
+    assert down.main(["--volumes", "--yes"]) == 0
+    assert "rm --force redis" in docker.calls
+    assert not here.env_file.exists()
+
+
 @pytest.mark.usefixtures("prepared")
 def test_a_directory_that_may_not_be_looked_into_is_not_lost(docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's stack: nothing of it is seen from here but its containers."""

@@ -33,6 +33,25 @@ BAD = {
         3,
         "warning",
     ),
+    "network: libpq": (
+        "import psycopg2\nwith __import__('contextlib').suppress(psycopg2.Error):\n"
+        "    psycopg2.connect('host=127.0.0.1 port=9 connect_timeout=1')\n" + GOOD,
+        3,
+        "warning",
+    ),
+    "network: variable": ("from airflow.sdk import Variable\nVariable.get('x', default=1)\n" + GOOD, 2, "warning"),
+    "network: old variable": (
+        "from airflow.models import Variable\nwith __import__('contextlib').suppress(Exception):\n"
+        "    Variable.get('x')\n" + GOOD,
+        3,
+        "warning",
+    ),
+    "network: hook": (
+        "from airflow.sdk import BaseHook\nwith __import__('contextlib').suppress(Exception):\n"
+        "    BaseHook.get_connection('x')\n" + GOOD,
+        3,
+        "warning",
+    ),
     "process": ("import subprocess\nsubprocess.run(['true'])\n" + GOOD, 2, "warning"),
     "retries": (GOOD.replace('"retries": 1', '"retries": 0'), 1, "warning"),
     "timeout": (GOOD.replace("dagrun_timeout=timedelta(minutes=5), ", ""), 1, "warning"),

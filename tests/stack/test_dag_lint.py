@@ -24,6 +24,7 @@ good()
 
 BAD = {
     "import": (GOOD.replace("airflow.sdk", "airflow.sdx"), 3, "error"),
+    "import: deep": ("import json\njson.loads('[')\n" + GOOD, 2, "error"),
     "heavy": ("import sklearn.ensemble\n" + GOOD, 1, "warning"),
     "slow": ("import time\nwhile time.process_time() < 2: pass\n" + GOOD, 1, "warning"),
     "slow: waits": ("import time\ntime.sleep(6)\n" + GOOD, 1, "warning"),
@@ -53,8 +54,16 @@ BAD = {
         "warning",
     ),
     "process": ("import subprocess\nsubprocess.run(['true'])\n" + GOOD, 2, "warning"),
-    "retries": (GOOD.replace('"retries": 1', '"retries": 0'), 1, "warning"),
-    "timeout": (GOOD.replace("dagrun_timeout=timedelta(minutes=5), ", ""), 1, "warning"),
+    "retries": (GOOD.replace('"retries": 1', '"retries": 0'), 10, "warning"),
+    "retries: one task": (GOOD.replace("    @task\n", "    @task(retries=0)\n"), 10, "warning"),
+    "retries: an operator": (
+        "from airflow.providers.standard.operators.bash import BashOperator\n"
+        + GOOD.replace("\ngood()", "    BashOperator(\n        task_id='b', bash_command='', retries=0)\n\ngood()"),
+        12,
+        "warning",
+    ),
+    "timeout": (GOOD.replace("dagrun_timeout=timedelta(minutes=5), ", ""), 12, "warning"),
+    "timeout: tasks": (GOOD.replace(', "execution_timeout": timedelta(minutes=1)', ""), 10, "warning"),
 }
 
 

@@ -4,9 +4,10 @@
 
 `collect` gathers the predictions that were logged since the last look, of the version that is champion now; with too
 few of them the run ends there, skipped. `compare` holds each numeric column against `reference.csv`, the features
-that the champion was trained on and which its run in MLflow has as an artifact: Kolmogorov-Smirnov, and the
-population stability index (PSI). Both are logged to the experiment `drift`. Only where enough columns have drifted
-is `retrain` reached: it updates the asset `drift`, on which the training pipeline is scheduled, once for a champion.
+that the champion was trained on and which its run in MLflow has as an artifact: the population stability index (PSI),
+Kolmogorov-Smirnov for the values that are there, Fisher's exact test for the share of those that are missing. All are
+logged to the experiment `drift`. Only where enough columns have drifted is `retrain` reached: it updates the asset
+`drift`, on which the training pipeline is scheduled, once for a champion.
 
 Copy it for your own model: replace `MODEL_NAME` and the asset's address. Heavy libraries are imported inside the
 tasks, so that reading this file stays quick.
@@ -39,8 +40,8 @@ ASKED = "drift.retraining"
 
 DRIFT = Asset("drift", uri=f"mlstack://drift/{MODEL_NAME}")
 
-# A column has drifted where both say so. PSI beyond 0.2 is what the trade calls a significant change; the test keeps
-# a small sample's noise from being one.
+# A column has drifted where PSI and one of the tests say so. PSI beyond 0.2 is what the trade calls a significant
+# change; the tests keep a small sample's noise from being one.
 PSI_LIMIT = 0.2
 P_LIMIT = 0.01
 BINS = 10
@@ -93,52 +94,77 @@ def objects(store: Any, since: datetime, until: datetime) -> Iterator[str]:
         yield from (key for key in keys if key >= f"{MODEL_NAME}/{since:%Y/%m/%d/%H%M%S}")
 
 
-def psi(reference: Any, live: Any) -> float:
-    """How differently two samples fall into the reference's tenths: 0 where they do alike."""
+def present(values: Any) -> Any:
+    """A column's values without those that are missing, or no number."""
     import numpy as np
 
-    # Fewer where a value is frequent; and one for what is smaller than all that there was.
-    below = np.nextafter(reference.min(), -np.inf)
-    edges = np.unique([below, *np.quantile(reference, np.linspace(0, 1, BINS + 1))[1:-1]])
+    numbers = values.to_numpy(dtype=float)
+    return numbers[np.isfinite(numbers)]
 
-    def shares(values: Any) -> Any:
-        counts = np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges) + 1)
-        # Half a row for a tenth that nobody fell into: the logarithm of nothing would be infinite.
-        return np.maximum(counts, 0.5) / len(values)
 
-    expected, found = shares(reference), shares(live)
+def psi(reference: Any, live: Any, missing: tuple[int, int]) -> float:
+    """How differently two samples fall into the reference's tenths, and among what is missing (rows in addition to
+    the samples'): 0 where they do alike."""
+    import numpy as np
+
+    edges = np.empty(0)
+    if len(reference):
+        # Fewer where a value is frequent; and one for what is smaller than all that there was.
+        below = np.nextafter(reference.min(), -np.inf)
+        edges = np.unique([below, *np.quantile(reference, np.linspace(0, 1, BINS + 1))[1:-1]])
+
+    def counts(values: Any, absent: int) -> Any:
+        found = np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges) + 1)
+        return np.append(found, absent)
+
+    old, new = counts(reference, missing[0]), counts(live, missing[1])
+    filled = old + new > 0
+    # Half a row for a tenth that one of them has nothing in: the logarithm of nothing would be infinite.
+    expected, found = (np.maximum(each[filled], 0.5) / each.sum() for each in (old, new))
     return float(np.sum((found - expected) * np.log(found / expected)))
 
 
 def examine(reference: pd.DataFrame, live: pd.DataFrame) -> list[dict[str, Any]]:
-    """Each numeric column of the reference: the two figures, and whether it has drifted."""
-    from scipy.stats import ks_2samp
+    """Each numeric column of the reference that was asked with: its figures, and whether it has drifted.
+
+    All are numbers, but a mean of nothing, which is None. Where all values are missing there is nothing to compare
+    them by: `ks` is 0 then, and `p` 1.
+    """
+    from scipy.stats import fisher_exact, ks_2samp
 
     found = []
     for column in reference.select_dtypes("number").columns:
-        old = reference[column].dropna().to_numpy(dtype=float)
-        new = live[column].dropna().to_numpy(dtype=float) if column in live else old[:0]
-        if len(old) == 0 or len(new) == 0:
+        if column not in live or not (len(reference) and len(live)):
             continue
-        # The exact test takes seconds for thousands of rows and says the same.
-        test = ks_2samp(old, new, method="asymp")
-        index = psi(old, new)
+        old, new = present(reference[column]), present(live[column])
+        missing = len(reference) - len(old), len(live) - len(new)
+        ks, p = 0.0, 1.0
+        if len(old) and len(new):
+            # The exact test takes seconds for thousands of rows and says the same.
+            test = ks_2samp(old, new, method="asymp")
+            ks, p = float(test.statistic), float(test.pvalue)
+        missing_p = float(fisher_exact([[missing[0], len(old)], [missing[1], len(new)]]).pvalue)
+        index = psi(old, new, missing)
         found.append(
             {
                 "column": str(column),
                 "psi": index,
-                "ks": float(test.statistic),
-                "p": float(test.pvalue),
-                "drifted": bool(index > PSI_LIMIT and test.pvalue < P_LIMIT),
-                "reference_mean": float(old.mean()),
-                "live_mean": float(new.mean()),
+                "ks": ks,
+                "p": p,
+                "missing_p": missing_p,
+                "drifted": bool(index > PSI_LIMIT and min(p, missing_p) < P_LIMIT),
+                "reference_mean": float(old.mean()) if len(old) else None,
+                "live_mean": float(new.mean()) if len(new) else None,
+                "reference_missing": missing[0] / len(reference),
+                "live_missing": missing[1] / len(live),
             }
         )
     return found
 
 
 def picture(columns: list[dict[str, Any]], reference: pd.DataFrame, live: pd.DataFrame) -> Any:
-    """Each column's distribution, then and now."""
+    """Each column's distribution, then and now, and how much of it is missing now."""
+    import numpy as np
     from matplotlib.figure import Figure
 
     across = 3
@@ -146,9 +172,14 @@ def picture(columns: list[dict[str, Any]], reference: pd.DataFrame, live: pd.Dat
     figure = Figure(figsize=(4 * across, 3 * rows), layout="constrained")
     axes = figure.subplots(rows, across, squeeze=False)
     for place, one in zip(axes.flat, columns, strict=False):
-        for frame, label in ((reference, "trained on"), (live, "asked now")):
-            place.hist(frame[one["column"]].dropna(), bins=30, density=True, alpha=0.6, label=label)
-        place.set_title(f"{one['column']}: PSI {one['psi']:.2f}{' (drifted)' if one['drifted'] else ''}", fontsize=9)
+        samples = {"trained on": present(reference[one["column"]]), "asked now": present(live[one["column"]])}
+        bins = np.histogram_bin_edges(np.concatenate([*samples.values()]), 30)
+        for label, values in samples.items():
+            # The density of nothing is not a number.
+            place.hist(values, bins=bins, density=len(values) > 0, alpha=0.6, label=label)
+        said = f"{one['column']}: PSI {one['psi']:.2f}"
+        said += f", {one['live_missing']:.0%} missing" if one["live_missing"] else ""
+        place.set_title(said + (" (drifted)" if one["drifted"] else ""), fontsize=9)
     for place in axes.flat[len(columns) :]:
         place.axis("off")
     axes.flat[0].legend(fontsize=8)
@@ -289,6 +320,7 @@ def drift_watch() -> None:
                 # MLflow takes fewer characters in a metric's name than a column may have.
                 name = re.sub(r"[^\w.\- ]", "_", one["column"])
                 metrics |= {f"psi/{name}": one["psi"], f"ks/{name}": one["ks"], f"ks_p/{name}": one["p"]}
+                metrics |= {f"missing/{name}": one["live_missing"], f"missing_p/{name}": one["missing_p"]}
             mlflow.log_metrics(metrics)
             mlflow.log_dict(report, "drift.json")
             if columns:

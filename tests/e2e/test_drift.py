@@ -26,6 +26,25 @@ ROWS = 600
 PATIENCE_S = 300
 CLOCK = 'schedule="*/15 * * * *"'
 
+# Missing values come by CSV, as the watch writes it.
+EXAMINE = """
+import io, json, sys
+sys.path.insert(0, "/opt/airflow/dags")
+import numpy as np, pandas as pd
+from drift_watch import examine, picture
+
+draw = np.random.default_rng(1)
+names = ["as before", "all", "some", "few", "returns", "never"]
+reference, live = (pd.DataFrame({name: draw.normal(size=rows) for name in names}) for rows in (455, 600))
+for frame, column, rows in ((live, "all", 600), (live, "some", 180), (live, "few", 6), (live, "never", 600),
+                            (reference, "returns", 137), (reference, "never", 455)):
+    frame.loc[: rows - 1, column] = np.nan
+live = pd.read_csv(io.StringIO(live.to_csv(index=False)))
+found = examine(reference, live)
+picture(found, reference, live).savefig(io.BytesIO())
+print("FOUND " + json.dumps(found, allow_nan=False))
+"""
+
 
 @pytest.fixture(scope="module")
 def dags(stack: StackUnderTest, airflow: Airflow) -> Iterator[None]:
@@ -168,6 +187,21 @@ def test_shifted_rows_trigger_one_retraining(
     # A second run would come with one of the scheduler's next rounds.
     time.sleep(10)
     assert retrainings(airflow) - before == {triggered}
+
+
+def test_missing_values_are_drift(stack: StackUnderTest) -> None:
+    """Where all or many are missing now and were not, and the other way round; each figure is a number."""
+    told = stack.compose.capture("run", "--rm", "--no-deps", "-T", "airflow-cli", "python3", "-c", EXAMINE, timeout=180)
+    (line,) = [line for line in told.out.splitlines() if line.startswith("FOUND ")]
+    found = {one["column"]: one for one in json.loads(line.removeprefix("FOUND "))}
+    assert {name for name, one in found.items() if one["drifted"]} == {"all", "some", "returns"}
+    shares = {name: (one["reference_missing"], one["live_missing"]) for name, one in found.items()}
+    assert shares["all"] == (0, 1)
+    assert shares["some"] == (0, 0.3)
+    assert shares["never"] == (1, 1)
+    assert found["never"]["psi"] == 0
+    figures = ("psi", "ks", "p", "missing_p", "live_missing")
+    assert all(isinstance(one[name], float) for one in found.values() for name in figures)
 
 
 @pytest.mark.usefixtures("model")

@@ -313,7 +313,10 @@ def drift_watch() -> None:
         begun = f"attributes.status = 'RUNNING' and tags.`airflow.run_id` = '{context['run_id']}'"
         for former in mlflow.MlflowClient().search_runs([experiment.experiment_id], begun):
             mlflow.MlflowClient().set_terminated(former.info.run_id, "KILLED")
-        with mlflow.start_run(run_name=f"version {window['version']}", tags=tags) as run:
+        page = f"{os.environ['AIRFLOW_UI_URL']}/dags/{context['dag'].dag_id}/runs/{context['run_id']}"
+        with mlflow.start_run(
+            run_name=f"version {window['version']}", description=f"[Airflow run]({page})", tags=tags
+        ) as run:
             mlflow.log_params({"threshold": report["threshold"], "rows": window["rows"], "since": window["since"]})
             metrics = {"drifted_share": share, "drifted_columns": float(len(drifted)), "rows": float(window["rows"])}
             for one in columns:

@@ -173,6 +173,7 @@ def test_shifted_rows_trigger_one_retraining(
 
     (look,) = looks(tracking, model)
     assert look.data.tags["airflow.run_id"] == told["run_id"]
+    assert f"/dags/{WATCH}/runs/{told['run_id']})" in look.data.tags["mlflow.note.content"]
     assert look.data.metrics[f"psi/{COLUMN}"] > 0.2
     assert look.data.metrics[f"ks_p/{COLUMN}"] < 0.01
     assert {one.path for one in tracking.list_artifacts(look.info.run_id)} >= {"drift.json", "drift.png"}

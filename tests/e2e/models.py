@@ -38,6 +38,11 @@ with mlflow.start_run() as run:
         model, name="model", pip_requirements=[f"scikit-learn=={sklearn.__version__}"],
         **({} if kind == "without a signature" else words),
     )
+if kind == "too large":
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "much")
+        path.write_bytes(bytes(41 << 20))
+        mlflow.MlflowClient().log_model_artifact(logged.model_id, str(path))
 version = mlflow.register_model(logged.model_uri, name)
 print("MADE " + json.dumps({"version": str(version.version), "run_id": run.info.run_id, "model_id": logged.model_id}))
 """

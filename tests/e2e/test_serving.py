@@ -202,16 +202,17 @@ def test_fifty_a_second(request: pytest.FixtureRequest, http: httpx.Client) -> N
     assert p99 < SLOWEST_MS
 
 
+@pytest.mark.parametrize(("kind", "why"), [("without a signature", "signature"), ("too large", "41.0 MiB of files")])
 def test_a_version_that_cannot_be_loaded_changes_nothing(
-    stack: StackUnderTest, tracking: MlflowClient, http: httpx.Client, two: list[Made]
+    stack: StackUnderTest, tracking: MlflowClient, http: httpx.Client, two: list[Made], kind: str, why: str
 ) -> None:
     """The old one answers; health, log and metrics say which version is the trouble, and why."""
     failures = metric(http, "serving_load_failures_total")
-    bad = make(stack, "without a signature")
+    bad = make(stack, kind)
     bad.promote(tracking)
     told = wait_until(lambda: ready(stack).get("failed"), 2 * FOLLOWS_S, "the version that failed is told")
     assert told["version"] == bad.version
-    assert "signature" in told["error"]
+    assert why in told["error"]
     assert ask(http, ROW).json()["version"] == two[0].version
     assert metric(http, "serving_load_failures_total") == failures + 1
     log = run("docker", "logs", "--tail", "200", stack.container("serving")).output

@@ -13,11 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+from mlflow.entities import FileInfo
 
 from serving import app, follower, inputs
 from serving.follower import Follower
 from serving.inputs import Column, RefusedError
 from serving.prediction_log import BATCH, PredictionLog
+from serving.registry import Registry, Version
 from stack import images, settings
 
 COLUMNS = (Column("a", "double"), Column("b", "long"), Column("note", "string", required=False))
@@ -212,6 +214,7 @@ class FakeRegistry:
 
     answer: Any = None
     broken: set[str] = field(default_factory=set)
+    sizes: dict[str, int] = field(default_factory=dict)
     loads: list[str] = field(default_factory=list)
     model: str = "m"
     alias: str = "champion"
@@ -220,6 +223,9 @@ class FakeRegistry:
         if isinstance(self.answer, Exception):
             raise self.answer
         return FakeVersion(self.answer) if self.answer else None
+
+    def size(self, version: Any) -> int:
+        return self.sizes.get(version.number, 0)
 
     def load(self, version: Any) -> Any:
         self.loads.append(version.number)
@@ -268,6 +274,30 @@ def test_a_version_that_cannot_be_loaded_keeps_the_old_one(registry: FakeRegistr
     registry.answer = "3"
     assert answering(followed) == "3"
     assert followed.state.failure is None
+
+
+def test_a_version_that_is_too_large_is_not_loaded(registry: FakeRegistry, followed: Follower) -> None:
+    """With the old one in memory the kernel would end both; the old one goes on, and it is told why."""
+    registry.sizes = {"1": follower.LARGEST, "2": follower.LARGEST + 1}
+    registry.answer = "1"
+    assert answering(followed) == "1"
+    registry.answer = "2"
+    assert answering(followed) == "1"
+    assert registry.loads == ["1"]
+    assert followed.failures == 1
+    assert followed.state.failure is not None
+    assert "TooLargeError: it has 40.0 MiB of files, 40 MiB are the most" in followed.state.failure.error
+
+
+def test_the_size_of_a_version_is_that_of_all_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = {
+        "models:/m/3": [FileInfo("MLmodel", False, 5), FileInfo("data", True, None)],
+        "models:/m/3/data": [FileInfo("data/model.ubj", False, 70), FileInfo("data/more", True, None)],
+        "models:/m/3/data/more": [FileInfo("data/more/x", False, 900)],
+    }
+    monkeypatch.setattr("mlflow.artifacts.list_artifacts", lambda artifact_uri: listed[artifact_uri])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.test")
+    assert Registry("m", "champion").size(Version("m", "3", "r", 0)) == 975
 
 
 def test_a_version_that_cannot_be_loaded_is_tried_again(

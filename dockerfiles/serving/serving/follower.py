@@ -23,18 +23,26 @@ log = logging.getLogger(__name__)
 POLL_S = 3.0
 RETRY_S = 60.0
 """A version that could not be loaded is tried again so much later."""
+LARGEST = 40 << 20
+"""Bytes of a model's files. They are in memory while it is loaded, as the old model is; the kernel would end both
+(docs/memory.md has the figures)."""
 STALLED_S = 300.0
 """No look takes so long: a call to MLflow is given up after a minute, and the download of a model is several."""
 
 
+class TooLargeError(Exception):
+    """A model that is not even downloaded."""
+
+
 class Alias(Protocol):
-    """Who has the alias."""
+    """Who has the alias, and how large that is."""
 
     @property
     def model(self) -> str: ...
     @property
     def alias(self) -> str: ...
     def champion(self) -> Version | None: ...
+    def size(self, version: Version) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,9 @@ class Follower:
     def _take(self, version: Version) -> None:
         former = self.state.model
         try:
+            size = self._registry.size(version)
+            if size > LARGEST:
+                raise TooLargeError(f"it has {size / 2**20:.1f} MiB of files, {LARGEST >> 20} MiB are the most")
             model = self._load(version)
         except Exception as error:
             self.failures += 1

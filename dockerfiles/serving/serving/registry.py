@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -40,6 +41,16 @@ class Registry:
                 return None
             raise
         return Version(self.model, str(found.version), found.run_id or "", int(found.creation_timestamp))
+
+    def size(self, version: Version) -> int:
+        """Bytes of a version's files. Raises what its download would."""
+        root = f"models:/{version.model}/{version.number}"
+
+        def below(uri: str) -> int:
+            found: Any = mlflow.artifacts.list_artifacts(artifact_uri=uri)
+            return sum(below(f"{root}/{one.path}") if one.is_dir else int(one.file_size) for one in found)
+
+        return below(root)
 
     def _exists(self) -> bool:
         """Whether there is the model: of one that is not there, MLflow says that its versions may not be read."""

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         with arguments.file.open("rb") as file, Step(f"uploading {arguments.file}"):
             # A container of its own: the worker's memory is for tasks.
             command = compose.command("run", "--rm", "-T", "--no-deps", "airflow-cli", "bucket-put", key)
-            told = capture(command, timeout=PATIENCE_S, check=False, stdin=file)
+            told = capture(command, timeout=PATIENCE_S, check=False, stdin=file, env=compose.variables)
     except OSError as error:
         raise refusal(arguments.file, str(error)) from error
     if told.code:

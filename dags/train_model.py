@@ -69,9 +69,9 @@ EXPECTED = {
 }
 MIN_ROWS = 200
 MIN_CLASS_SHARE = 0.1
-MAX_BYTES, MAX_VALUES = 50_000_000, 5_000_000
+MAX_BYTES, MAX_VALUES = 20_000_000, 2_000_000
 """Of the user's own file: a task holds the whole table in memory, and has RAM_MB for it."""
-RAM_MB = 512
+RAM_MB = 384
 """Of a task that holds a table or a model."""
 SOURCE = "train_model_source"
 """The Airflow variable that names the user's own file for runs whose `source` is empty."""

@@ -142,6 +142,7 @@ def test_a_table_of_ones_own(stack: StackUnderTest, airflow: Airflow, finished: 
     rows, many = (base64.b64decode(one) for one in made.output.partition("PARQUET ")[2].split())
     for name, content in (("mine.csv", raw), ("mine.parquet", rows), ("many.parquet", many)):
         (stack.clone / name).write_bytes(content)
+        store.delete_object(Bucket="pipelines", Key=f"inbox/{name}")
         for word in ("uploaded", "replaced"):
             said = stack.make("upload", f"FILE={name}", f"KEY=inbox/{name}")
             assert said.code == 0, said.output

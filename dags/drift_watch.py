@@ -274,7 +274,7 @@ def drift_watch() -> None:
         }
 
     # Two samples of 20,000 rows, their figures, and a picture of all columns.
-    @task(resources={"ram": 512})
+    @task(resources={"ram": 384})
     def compare(window: dict[str, Any]) -> dict[str, Any]:
         """Holds the window against the reference, logs what it finds to MLflow, and returns it in short."""
         import os

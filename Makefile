@@ -81,9 +81,9 @@ storm: venv ## Hungry tasks beside modest ones on the running stack, 20 rounds (
 faults: test-venv ## Every fault and the long campaigns, on a throwaway stack (more than an hour)
 	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest tests/faults tests/e2e/test_outages.py -m "long or not long"
 bench: test-venv ## This stack beside the official settings, in one run (QUICK=1: only that it runs; ARGS="--rounds 1")
-	@PYTHONPATH=.:scripts $(PYTHON) bench/run.py $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
+	@$(PYTHON) scripts/build.py && PYTHONPATH=.:scripts $(PYTHON) bench/run.py $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
 growth: test-venv ## How cost grows with tasks, history and DAG files, on a stack of its own (about half an hour)
-	@PYTHONPATH=.:scripts $(PYTHON) bench/growth.py $(ARGS)
+	@$(PYTHON) scripts/build.py && PYTHONPATH=.:scripts $(PYTHON) bench/growth.py $(ARGS)
 lint: test-venv ## The static checks alone
 	@$(PYTHON) -m pytest tests/static -q
 

@@ -4,7 +4,7 @@ For each a stack of its own is started from empty volumes, measured and deleted;
 Load on the machine is heavy on purpose: not beside work that matters.
 
 Changes: nothing of a running stack. Its own Compose project and var/bench are deleted at the end.
-Writes: the figures (--json), the pictures (--pictures, a folder).
+Writes, after each part: the figures (--json), the pictures (--pictures, a folder).
 Exit: 0 everything could be measured, 1 a part could not; the others are told all the same.
 """
 
@@ -17,20 +17,21 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
-import httpx
 import psycopg2
 from psycopg2 import sql
 
 from bench import workloads
-from bench.run import about
+from bench.report import said_of
+from bench.run import RESULTS, about, brief
 from bench.systems import WORK, Ours, fresh_dags
 from stack.airflow import Airflow
 from stack.console import Step, say
-from stack.errors import Exit, StackError, run_main
+from stack.errors import Exit, run_main
 
 FAN_OUT = (50, 200, 1000, 5000)
 AT_ONCE = 1000
@@ -44,15 +45,20 @@ FILES = (10, 100, 500)
 class Curve:
     """One picture: what was counted, and what it cost."""
 
+    name: str
     title: str
     across: str
     unit: str
     points: list[tuple[int, float]] = field(default_factory=list)
+    samples: list[list[float]] = field(default_factory=list)
+    """Of each point."""
 
-    def add(self, count: int, value: float) -> None:
-        """A point, told at once."""
-        self.points.append((count, value))
-        say(f"    {count} {self.across}: {value:.3g} {self.unit}")
+    def add(self, count: int, values: list[float]) -> None:
+        """A point, the median, told at once."""
+        self.samples.append(values)
+        self.points.append((count, statistics.median(values)))
+        spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+        say(f"    {count} {self.across}: {self.points[-1][1]:.3g} {self.unit}{spread}")
 
 
 def fan_out(airflow: Airflow, tasks: int) -> float:
@@ -110,18 +116,19 @@ def write_history(ours: Ours, dag_id: str, run_id: str) -> None:
             cursor.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table)))
 
 
-def by_tasks(airflow: Airflow, sizes: Sequence[int]) -> list[Curve]:
+def by_tasks(airflow: Airflow, sizes: Sequence[int], curves: list[Curve]) -> None:
     """Seconds of a fan-out."""
-    curve = Curve("Fan-out of mapped no-op tasks", "tasks", "s")
+    curve = Curve("tasks", "Fan-out of mapped no-op tasks", "tasks", "s")
+    curves.append(curve)
     for tasks in sizes:
         with Step(f"fan-out of {tasks}"):
-            curve.add(tasks, fan_out(airflow, tasks))
-    return [curve]
+            curve.add(tasks, [fan_out(airflow, tasks)])
 
 
-def by_history(ours: Ours, airflow: Airflow, rounds: int) -> list[Curve]:
+def by_history(ours: Ours, airflow: Airflow, rounds: int, curves: list[Curve]) -> None:
     """Seconds of a fan-out of 200, without and with 10^5 task instances of the past. Medians."""
-    curve = Curve("Fan-out of 200 beside a history", "task instances of the past", "s")
+    curve = Curve("history", "Fan-out of 200 beside a history", "task instances of the past", "s")
+    curves.append(curve)
     dag_id = "bench_fan_out"
     model = airflow.trigger(dag_id, {"tasks": 200})
     workloads.follow(airflow, dag_id, model)
@@ -129,29 +136,28 @@ def by_history(ours: Ours, airflow: Airflow, rounds: int) -> list[Curve]:
     def take(title: str) -> None:
         with Step(f"fan-out of 200 {title}"):
             # Without it, too, there is what the warm-up has left.
-            curve.add(instances(ours), statistics.median(fan_out(airflow, 200) for _ in range(rounds)))
+            curve.add(instances(ours), [fan_out(airflow, 200) for _ in range(rounds)])
 
     take("without a history")
     with Step("writing the history"):
         write_history(ours, dag_id, model)
     take("with it")
-    return [curve]
 
 
-def by_files(ours: Ours, airflow: Airflow, counts: Sequence[int]) -> list[Curve]:
+def by_files(ours: Ours, airflow: Airflow, counts: Sequence[int], curves: list[Curve]) -> None:
     """Seconds until that many edited files are visible, and what the stack takes while they lie there."""
-    edited = Curve("DAG files edited until the last is visible", "files", "s")
-    idle = Curve("Idle CPU beside DAG files", "files", "cores")
+    edited = Curve("edited-files", "DAG files edited until the last is visible", "files", "s")
+    idle = Curve("idle-files", "Idle CPU beside DAG files", "files", "cores")
+    curves += [edited, idle]
     for files in counts:
         with Step(f"{files} DAG files"):
-            edited.add(files, workloads.edits(files)(airflow).value)
+            edited.add(files, [workloads.edits(files)(airflow).value])
             time.sleep(workloads.SETTLE_S)
-            idle.add(files, workloads.idle(60)(ours.project)["idle_cpu"].value)
-    return [edited, idle]
+            idle.add(files, [workloads.idle(60)(ours.project)["idle_cpu"].value])
 
 
-def measured(ours: Ours, measure: Callable[[Ours, Airflow], list[Curve]]) -> list[Curve]:
-    """What one part finds on a stack of its own: what another left behind would be history."""
+def measure_apart(ours: Ours, measure: Callable[[Ours, Airflow], None]) -> None:
+    """One part, on a stack of its own: what another left behind would be history."""
     fresh_dags()
     ours.clean()
     with Step("start"):
@@ -161,10 +167,10 @@ def measured(ours: Ours, measure: Callable[[Ours, Airflow], list[Curve]]) -> lis
             airflow.wait_for_dag(dag_id)
             airflow.set_paused(dag_id, False)
         fan_out(airflow, 50)
-        return measure(ours, airflow)
+        measure(ours, airflow)
 
 
-def picture(curve: Curve) -> str:
+def picture(curve: Curve, facts: dict[str, object]) -> str:
     """An SVG, both axes logarithmic: cost that grows with its count is a line of the dashed one's slope."""
     width, height, left, bottom, top = 480, 320, 60, 50, 40
     counts, values = ([point[axis] for point in curve.points] for axis in (0, 1))
@@ -185,15 +191,16 @@ def picture(curve: Curve) -> str:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
 
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + 12}" '
         'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<rect width="{width}" height="{height + 12}" fill="white"/>',
         f'<clipPath id="inside"><rect x="{left}" y="{top}" width="{width - left}" '
         f'height="{height - bottom - top}"/></clipPath>',
         f'<text x="{left}" y="22" font-size="14">{curve.title} ({curve.unit})</text>',
         f'<polyline points="{path(steady)}" fill="none" stroke="#aaa" stroke-dasharray="4" clip-path="url(#inside)"/>',
         f'<polyline points="{path(curve.points)}" fill="none" stroke="#2171b5" stroke-width="2"/>',
         f'<line x1="{left}" x2="{width - 20}" y1="{height - bottom}" y2="{height - bottom}" stroke="black"/>',
+        f'<text x="8" y="{height + 4}" font-size="8">{escape(said_of(facts))}</text>',
         f'<text x="{width - 20}" y="{height - 12}" text-anchor="end">{curve.across}; dashed: in proportion</text>',
     ]
     for count, value in curve.points:
@@ -210,34 +217,38 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs of which the history's medians are taken")
     parser.add_argument("--only", choices=["tasks", "history", "files"], action="append")
     parser.add_argument("--most", type=int, default=max(FAN_OUT), help="largest fan-out and number of files")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS / "growth.json")
+    parser.add_argument("--pictures", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
-    measures: dict[str, Callable[[Ours, Airflow], list[Curve]]] = {
-        "tasks": lambda _, airflow: by_tasks(airflow, [count for count in FAN_OUT if count <= arguments.most]),
-        "history": lambda ours, airflow: by_history(ours, airflow, arguments.rounds),
-        "files": lambda ours, airflow: by_files(ours, airflow, [count for count in FILES if count <= arguments.most]),
+    curves: list[Curve] = []
+    counts, files = ([count for count in all_of if count <= arguments.most] for all_of in (FAN_OUT, FILES))
+    measures: dict[str, Callable[[Ours, Airflow], None]] = {
+        "tasks": lambda _, airflow: by_tasks(airflow, counts, curves),
+        "history": lambda ours, airflow: by_history(ours, airflow, arguments.rounds, curves),
+        "files": lambda ours, airflow: by_files(ours, airflow, files, curves),
     }
-    ours, curves, failed = Ours(), list[Curve](), False
+    ours, failed = Ours(), dict[str, str]()
+    arguments.pictures.mkdir(parents=True, exist_ok=True)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     try:
         for part in arguments.only or measures:
             try:
-                curves += measured(ours, measures[part])
-            except (StackError, httpx.HTTPError, OSError, ValueError, psycopg2.Error) as error:
-                failed = True
+                measure_apart(ours, measures[part])
+            except Exception as error:
+                # The points that there are stay, and the other parts go on.
+                failed[part] = brief(error)
                 say(f"{part} failed: {error}")
-        facts = about(1, ours.images())
+            facts = about(arguments.rounds, ours.images(), failed=failed)
+            told = {curve.name: asdict(curve) for curve in curves}
+            arguments.json.write_text(json.dumps({"about": facts, "curves": told}, indent=1) + "\n", encoding="utf-8")
+            for curve in curves:
+                if curve.points:
+                    path = arguments.pictures / f"growth-{curve.name}.svg"
+                    path.write_text(picture(curve, facts) + "\n", encoding="utf-8")
     finally:
         ours.clean()
         shutil.rmtree(WORK, ignore_errors=True)
-    if arguments.json:
-        told = {curve.title: {"across": curve.across, "unit": curve.unit, "points": curve.points} for curve in curves}
-        arguments.json.write_text(json.dumps({"about": facts, "curves": told}, indent=1) + "\n", encoding="utf-8")
-    if arguments.pictures:
-        for number, curve in enumerate(curves):
-            path = arguments.pictures / f"growth-{number}-{curve.across.split()[0]}.svg"
-            path.write_text(picture(curve) + "\n", encoding="utf-8")
-            say(f"wrote {path}")
+    say(f"wrote {arguments.json}, {arguments.pictures}/growth-*.svg")
     return Exit.FAILED if failed else Exit.DONE
 
 

@@ -8,6 +8,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from xml.sax.saxutils import escape
 
 from bench.workloads import Sample
 
@@ -40,9 +41,9 @@ class Measured:
     problems: list[str] = field(default_factory=list)
 
     def ratio(self, other: Literal["peer", "floor"] = "peer") -> float | None:
-        """Median of ours over median of the other's; None where the work differs or a side is missing."""
+        """Median of ours over median of the other's; None where the work differs, failed, or a side is missing."""
         others = getattr(self, other)
-        if not self.ours or not others or len({one.work for one in (*self.ours, *others)}) != 1:
+        if self.problems or not self.ours or not others or len({one.work for one in (*self.ours, *others)}) != 1:
             return None
         ours, theirs = _median(self.ours), _median(others)
         return ours / theirs if theirs and math.isfinite(ours / theirs) else None
@@ -114,30 +115,51 @@ def _to_reach(workload: Workload, found: Measured) -> str:
 
 def to_json(about: dict[str, Any], workloads: dict[str, Workload], measured: dict[str, Measured], path: Path) -> None:
     """Everything that was measured, with the machine and the versions."""
+
+    def told(samples: list[Sample]) -> dict[str, Any] | None:
+        if not samples:
+            return None
+        least, median, most = _spread(samples)
+        return {"median": median, "least": least, "most": most, "samples": [asdict(one) for one in samples]}
+
     content = {
         "about": about,
         "workloads": {
-            name: asdict(workloads[name]) | asdict(found) | {"ratio": found.ratio(), "remarks": found.remarks()}
+            name: asdict(workloads[name])
+            | {"floor_is": workloads[name].floor}
+            | {side: told(getattr(found, side)) for side in COLOURS}
+            | {"ratio": found.ratio(), "ratio_to_floor": found.ratio("floor"), "judged": found.judged(workloads[name])}
+            | {"remarks": found.remarks()}
             for name, found in measured.items()
         },
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 COLOURS = {"ours": "#2171b5", "peer": "#bdbdbd", "floor": "#74c476"}
 
 
-def picture(workloads: dict[str, Workload], measured: dict[str, Measured]) -> str:
+def said_of(about: dict[str, Any]) -> str:
+    """The day, the machine and the versions in a line, for a picture."""
+    words = "{date}, {rounds} round(s); {cpus} x {cpu}, {memory_MiB:,} MiB; Engine {engine}, commit {commit}"
+    return words.format(**about)
+
+
+def picture(about: dict[str, Any], workloads: dict[str, Workload], measured: dict[str, Measured]) -> str:
     """An SVG: for each workload a bar of ours, of the peer and of the floor, the longest of them full width."""
     width, left, bar, full = 860, 290, 12, 380
     lines, y = [], 44
     for name, found in measured.items():
         workload = workloads[name]
         sides = {side: samples for side in COLOURS if (samples := getattr(found, side))}
-        if "ours" not in sides:
+        lines.append(f'<text x="{left - 10}" y="{y + 10}" text-anchor="end">{workload.title}</text>')
+        if found.problems or "ours" not in sides:
+            why = escape((found.remarks() or ["not run"])[0][:100])
+            lines.append(f'<text x="{left}" y="{y + 10}" fill="#cb181d" font-size="10">{why}</text>')
+            y += 2 * bar
             continue
         most = max(max(abs(one.value) for one in samples) for samples in sides.values()) or 1.0
-        lines.append(f'<text x="{left - 10}" y="{y + 10}" text-anchor="end">{workload.title}</text>')
         figure = found.judged(workload)
         if figure is not None and not workload.reached(figure):
             lines.append(
@@ -163,10 +185,11 @@ def picture(workloads: dict[str, Workload], measured: dict[str, Measured]) -> st
         for index, (side, colour) in enumerate(COLOURS.items())
     )
     head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 8}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 24}" '
         'font-family="sans-serif" font-size="12">',
         "<title>Ours beside the official settings</title>",
-        f'<rect width="{width}" height="{y + 8}" fill="white"/>',
+        f'<rect width="{width}" height="{y + 24}" fill="white"/>',
         key,
+        f'<text x="10" y="{y + 14}" font-size="10">{escape(said_of(about))}</text>',
     ]
     return "\n".join([*head, *lines, "</svg>"])

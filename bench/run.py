@@ -5,7 +5,7 @@ ranges and ratios. QUICK=1 does a little of everything once, to see that it runs
 nothing. Load on the machine is heavy on purpose: not beside work that matters.
 
 Changes: nothing of a running stack. Its own two Compose projects and var/bench are deleted at the end.
-Writes: the figures (--json) and the picture (--picture), only what was measured.
+Writes: the figures (--json) and the picture (--picture), after each round, only what was measured.
 Exit: 0 everything could be run, 1 a workload could not.
 """
 
@@ -14,15 +14,16 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import httpx
 import psycopg2
 
 from bench import report, workloads
@@ -32,8 +33,8 @@ from bench.tracking import Store, Tracking
 from bench.workloads import MIB, Measure, Sample
 from stack.airflow import Airflow
 from stack.console import Step, say
-from stack.errors import Exit, StackError, run_main
-from stack.instance import ROOT
+from stack.errors import Exit, run_main
+from stack.instance import ROOT, VAR
 from stack.process import capture
 
 WORKLOADS = {
@@ -55,6 +56,7 @@ WORKLOADS = {
     "search": Workload("MLflow: searches of 100 runs", "1/s", 1.3, more_is_better=True),
     "mlflow_memory": Workload("MLflow: memory after these", "MiB", 0.5),
 }
+RESULTS = VAR / "results"
 ARTIFACTS = {"1MB": 10**6, "100MB": 10**8, "2GB": 2 * 10**9}
 
 
@@ -72,12 +74,13 @@ MLFLOW = {"log_batch", "create_run", "search", "mlflow_memory", "artifact_memory
     name for name in WORKLOADS if name.startswith(("up_", "down_"))
 }
 """For these the peer is `mlflow server`; its Airflow is not needed."""
+RATES = ("create_run", "log_batch", "search")
 WHOLE_STACK = {"idle_memory", "memory_after"}
 """Of these `mlflow server` is a part, beside the peer's Airflow."""
 
 
-FAILURES = (StackError, httpx.HTTPError, OSError, ValueError, psycopg2.Error)
-"""What may happen to one workload, or to one side, while the others go on."""
+FIRST_ROUND = {"edits", "load_run", "load_memory"}
+"""Measured once: they take minutes, and the peer looks for new files every five."""
 
 
 def brief(error: BaseException) -> str:
@@ -99,12 +102,13 @@ class Bench:
     def __init__(self, *, quick: bool, only: set[str]) -> None:
         self.quick = quick
         # "After these" is after something.
-        only = only | ({"create_run", "log_batch", "search"} if "mlflow_memory" in only else set())
+        only = only | (set(RATES) if "mlflow_memory" in only else set())
+        only = only | ({"trigger_to_start", "fan_out", "chain"} if "memory_after" in only else set())
         self.measured = {name: Measured() for name in WORKLOADS if not only or name in only}
         self.ours = Ours()
         self.peer = OfficialAirflow(self.ours)
         self.peer_mlflow = DefaultMlflow(self.ours)
-        self._peer_mlflow_idle = 0
+        self._peer_mlflow_idle: list[float] = []
         self.images: dict[str, str] = {}
         fan = 20 if quick else 200
         self.airflow: dict[str, Measure] = {
@@ -121,13 +125,13 @@ class Bench:
                 del self.airflow[name]
 
     def _take(self, side: str, name: str, measure: Callable[[], Sample]) -> bool:
-        """One sample; what could not be measured is told (and False), and the rest goes on."""
+        """One sample; what could not be measured is told (and False), whatever it was, and the rest goes on."""
         if name not in self.measured:
             return True
         with Step(f"{side}: {WORKLOADS[name].title}"):
             try:
                 sample = measure()
-            except FAILURES as error:
+            except Exception as error:
                 self.measured[name].problems.append(f"{side} failed: {brief(error)}")
                 say(f"    failed: {error}")
                 return False
@@ -137,15 +141,20 @@ class Bench:
     def round(self, number: int) -> None:
         """Both sides once, the other one first in every second round. Nothing where the images are no longer those
         of the rounds before."""
-        fresh_dags()
-        # The peer takes our image names from here.
-        self.ours.init()
-        images = self.ours.images()
+        try:
+            fresh_dags()
+            # The peer takes our image names from here.
+            self.ours.init()
+            images = self.ours.images()
+        except Exception as error:
+            say(f"    failed: {error}")
+            self._lacks(f"round {number + 1} failed: {brief(error)}", number)
+            return
         self.images = self.images or images
         if images != self.images:
             problem = f"round {number + 1} failed: the sources were changed, its images would be others"
             say(f"    {problem}")
-            self._lacks(problem)
+            self._lacks(problem, number)
             return
         sides: list[Side] = [self.ours, self.peer]
         for side in in_turn(sides, number):
@@ -155,18 +164,22 @@ class Bench:
             try:
                 if self._one_side(side, number) and side is self.ours:
                     self._mlflow(number)
-            except FAILURES as error:
+            except Exception as error:
                 # Hours of measurements are not thrown away for what one side could not do.
                 say(f"    {side.name} failed: {error}")
-                self._lacks(f"{side.name} failed in round {number + 1}: {brief(error)}")
+                self._lacks(f"{side.name} failed in round {number + 1}: {brief(error)}", number, side)
             finally:
                 self.peer_mlflow.clean()
                 side.clean()
 
-    def _lacks(self, problem: str) -> None:
-        """No workload has a figure of this, and each says why."""
-        for found in self.measured.values():
-            found.problems.append(problem)
+    def _lacks(self, problem: str, number: int, side: Side | None = None) -> None:
+        """The workloads that have no figure of this round, by one side or by both, say why."""
+        for name, found in self.measured.items():
+            due = 1 if name in FIRST_ROUND else number + 1
+            # MLflow is measured with our side, the peer's too.
+            of = "ours" if side is None or name in MLFLOW else side.name
+            if len(getattr(found, of)) < due and not (side is self.peer and name in MLFLOW):
+                found.problems.append(problem)
 
     def _one_side(self, side: Side, number: int) -> bool:
         """Its Airflow's part; whether it came up."""
@@ -175,6 +188,7 @@ class Bench:
             with Step(f"{side.name}: start"):
                 side.up()
         elif not self._take(side.name, "cold_start", lambda: Sample(side.up(), "start")):
+            self._lacks(f"{side.name} failed in round {number + 1}: it did not start", number, side)
             return False
         if not self.quick and "warm_start" in self.measured:
             side.down()
@@ -186,9 +200,15 @@ class Bench:
                     time.sleep(60)
                     found = workloads.idle(120)(side.project)
                 self._keep(side.name, found)
-            for name, measure in self.airflow.items():
-                self._take(side.name, name, partial(measure, airflow))
-            self._take(side.name, "memory_after", lambda: workloads.memory_now(side.project))
+            done = [
+                name
+                for name, measure in self.airflow.items()
+                if name in self.measured and self._take(side.name, name, partial(measure, airflow))
+            ]
+            if not self.quick and "memory_after" in self.measured:
+                # What can be given back has been.
+                time.sleep(workloads.SETTLE_S)
+            self._take(side.name, "memory_after", partial(workloads.memory_now, side.project, done))
             if not self.quick and not number:
                 self._first_round(side, airflow)
             if side is self.ours and "large_cpu" in self.airflow:
@@ -197,14 +217,14 @@ class Bench:
         return True
 
     def _first_round(self, side: Side, airflow: Airflow) -> None:
-        """Minutes for one sample, and the peer looks for new files every five."""
+        """FIRST_ROUND."""
         self._take(side.name, "edits", partial(workloads.edits(50), airflow))
         if not {"load_run", "load_memory"} & set(self.measured):
             return
         with Step(f"{side.name}: 10 minutes of load"):
             try:
                 found = workloads.load(side.project, dags=100, tasks=5, minutes=10)(airflow)
-            except FAILURES as error:
+            except Exception as error:
                 for name in {"load_run", "load_memory"} & set(self.measured):
                     self.measured[name].problems.append(f"{side.name} failed: {brief(error)}")
                 say(f"    failed: {error}")
@@ -244,13 +264,16 @@ class Bench:
             "peer": Tracking(peer.address("mlflow"), None, lambda now: now.memory, peer.project),
         }
         if WHOLE_STACK & set(self.measured):
-            self._peer_mlflow_idle = servers["peer"].memory()
+            self._peer_mlflow_idle.append(servers["peer"].memory() / MIB)
         few = 20 if self.quick else 400
         for side, server in in_turn(list(servers.items()), number):
-            self._take(side, "create_run", partial(server.create_run, few))
-            self._take(side, "log_batch", partial(server.log_batch, few))
-            self._take(side, "search", partial(server.search, few // 2))
-            self._take(side, "mlflow_memory", server.memory_after)
+            calls = {
+                "create_run": partial(server.create_run, few),
+                "log_batch": partial(server.log_batch, few),
+                "search": partial(server.search, few // 2),
+            }
+            done = [name for name in RATES if name in self.measured and self._take(side, name, calls[name])]
+            self._take(side, "mlflow_memory", partial(server.memory_after, done))
         store = Store(ours.address("minio"), ours.secret("mlflow_s3_secret"))
         places: list[tuple[str, Tracking | Store]] = [*servers.items(), ("floor", store)]
         self._artifacts(in_turn(places, number))
@@ -267,23 +290,33 @@ class Bench:
             for side, place in places:
                 # What was written before is not to be written during this.
                 os.sync()
+                before = place.memory() if isinstance(place, Tracking) else 0
                 if up not in self.measured:
                     place.upload(file)
-                if self._take(side, up, partial(place.upload, file)):
-                    self._take(side, down, partial(place.download, file))
-                    if whole and isinstance(place, Tracking):
-                        self._take(side, memory, partial(place.memory_added, file))
+                if not self._take(side, up, partial(place.upload, file)):
+                    for name in wanted & set(self.measured) - {up}:
+                        self.measured[name].problems.append(f"{side} failed: there was nothing to take down again")
+                    continue
+                self._take(side, down, partial(place.download, file))
+                if isinstance(place, Tracking) and whole:
+                    self._take(side, memory, partial(place.memory_added, file, before))
             file.unlink()
 
-    def finish(self) -> None:
-        """The peer's memory is Airflow's and MLflow's together, as ours is."""
-        for name in WHOLE_STACK & set(self.measured):
-            found = self.measured[name]
-            if found.peer and not self._peer_mlflow_idle:
-                found.problems.append("the peer's MLflow was not measured: its part is missing")
+    def results(self) -> dict[str, Measured]:
+        """What was measured so far. The peer's memory is Airflow's and MLflow's of a round together, as ours is."""
+        found = dict(self.measured)
+        for name in WHOLE_STACK & set(found):
+            alone, extra = found[name], self._peer_mlflow_idle
+            if len(alone.peer) != len(extra):
+                problem = f"the peer's MLflow failed: measured in {len(extra)} rounds of {len(alone.peer)}"
+                found[name] = replace(alone, problems=[*alone.problems, problem])
                 continue
-            extra = self._peer_mlflow_idle / MIB
-            found.peer = [Sample(one.value + extra, one.work, {**one.details, "mlflow": extra}) for one in found.peer]
+            peer = [
+                Sample(one.value + more, one.work, {**one.details, "mlflow": more})
+                for one, more in zip(alone.peer, extra, strict=True)
+            ]
+            found[name] = replace(alone, peer=peer)
+        return found
 
     def clean(self) -> None:
         """Nothing of it is left."""
@@ -302,16 +335,27 @@ def artifact(length: int) -> Path:
     return path
 
 
-def about(rounds: int, images: dict[str, str]) -> dict[str, object]:
+def about(rounds: int, images: dict[str, str], **more: object) -> dict[str, object]:
     """The machine, the versions, the day."""
+
+    def told(*words: str) -> str:
+        return capture(words, timeout=30, check=False, cwd=ROOT).out.strip()
+
+    models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    changed = "+" if told("git", "status", "--porcelain", "--untracked-files=no") else ""
     return {
         "date": datetime.now(tz=timezone.utc).isoformat(timespec="seconds"),
         "rounds": rounds,
         "cpus": os.cpu_count(),
+        "cpu": models[0] if models else platform.machine(),
         "memory_MiB": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB,
         "kernel": platform.release(),
-        "engine": capture(["docker", "version", "--format", "{{.Server.Version}}"], timeout=30).out.strip(),
+        "engine": told("docker", "version", "--format", "{{.Server.Version}}"),
+        "compose": told("docker", "compose", "version", "--short"),
+        "python": platform.python_version(),
+        "commit": told("git", "rev-parse", "--short", "HEAD") + changed,
         "images": images,
+        **more,
     }
 
 
@@ -321,8 +365,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round of a little of everything")
     parser.add_argument("--only", default="", help=f"some of: {' '.join(WORKLOADS)}")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS / "bench.json")
+    parser.add_argument("--picture", type=Path, default=RESULTS / "bench.svg")
     arguments = parser.parse_args(argv)
     only = set(arguments.only.split())
     if only - set(WORKLOADS):
@@ -333,18 +377,18 @@ def main(argv: Sequence[str]) -> int:
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             bench.round(number)
-        facts = about(rounds, bench.images)
+            facts = about(number + 1, bench.images, quick=arguments.quick, only=sorted(only))
+            found = bench.results()
+            report.to_json(facts, WORKLOADS, found, arguments.json)
+            arguments.picture.parent.mkdir(parents=True, exist_ok=True)
+            arguments.picture.write_text(report.picture(facts, WORKLOADS, found) + "\n", encoding="utf-8")
     finally:
         bench.clean()
-    bench.finish()
-    print(report.table({name: WORKLOADS[name] for name in bench.measured}, bench.measured))
+    print(report.table({name: WORKLOADS[name] for name in found}, found))
+    say(f"wrote {arguments.json}, {arguments.picture}")
     if arguments.quick:
         say("a quick look: that it runs is all that it says")
-    if arguments.json:
-        report.to_json(facts, WORKLOADS, bench.measured, arguments.json)
-    if arguments.picture:
-        arguments.picture.write_text(report.picture(WORKLOADS, bench.measured) + "\n", encoding="utf-8")
-    failed = [name for name, found in bench.measured.items() if any("failed" in one for one in found.problems)]
+    failed = [name for name, one in found.items() if any("failed" in problem for problem in one.problems)]
     return Exit.FAILED if failed else Exit.DONE
 
 

@@ -58,7 +58,7 @@ class Usage:
     cpu_s: float
     """Since they started."""
     memory: int
-    """Bytes of anonymous memory, page cache left out."""
+    """Bytes of anonymous and of shared memory (Postgres's buffers, files in /tmp); page cache left out."""
     by_service: dict[str, tuple[float, int]]
 
     def mib(self) -> dict[str, float]:
@@ -78,8 +78,9 @@ def usage(*projects: str) -> Usage:
                 answer = engine.get(f"/containers/{one.id}/stats", params={"stream": "false", "one-shot": "true"})
                 told: dict[str, Any] = answer.raise_for_status().json()
                 memory = told["memory_stats"].get("stats", {})
-                # cgroup v1 says total_rss, v2 anon.
-                used = int(memory.get("total_rss", memory.get("anon", 0)))
+                # cgroup v1 has them with `total_`, and the first by another name.
+                kinds = ("total_rss", "total_shmem") if "total_rss" in memory else ("anon", "shmem")
+                used = sum(int(memory[kind]) for kind in kinds)
                 name = one.service if project == projects[0] else f"{project}/{one.service}"
                 found[name] = (told["cpu_stats"]["cpu_usage"]["total_usage"] / 1e9, used)
     return Usage(sum(cpu for cpu, _ in found.values()), sum(memory for _, memory in found.values()), found)

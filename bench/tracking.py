@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,9 +56,9 @@ class Tracking:
         """Bytes of the server's container."""
         return self._memory(usage(self._project))
 
-    def memory_after(self) -> Sample:
-        """MiB of the server, after whatever it did before."""
-        return Sample(self.memory() / MIB, "after these")
+    def memory_after(self, done: Sequence[str]) -> Sample:
+        """MiB of the server, after these."""
+        return Sample(self.memory() / MIB, f"after {', '.join(done)}")
 
     def _rate(self, number: int, act: Callable[[int], object]) -> float:
         """Calls a second, from CLIENTS threads at once."""
@@ -106,10 +106,9 @@ class Tracking:
         """MB a second of the same artifact down."""
         return get(self.http, f"{self._artifacts}/{path.name}", path)
 
-    def memory_added(self, path: Path) -> Sample:
-        """MiB that the server's memory grows by while a file goes up and down, looked at four times a second. Not
-        while that is timed: the looks take from it."""
-        before = self.memory()
+    def memory_added(self, path: Path, before: int) -> Sample:
+        """MiB that the server's memory has more than `before` (bytes, when no such file had come yet) while a file
+        goes up and down, looked at as often as the engine answers. Not while that is timed: the looks take from it."""
         with ThreadPoolExecutor(1) as pool:
             at_once = pool.submit(lambda: (self.upload(path), self.download(path)))
             peak = before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -136,10 +136,10 @@ def idle(seconds: float) -> Callable[..., dict[str, Sample]]:
     return measure
 
 
-def memory_now(project: str) -> Sample:
-    """MiB now: after whatever ran before."""
+def memory_now(project: str, done: Sequence[str]) -> Sample:
+    """MiB now, after these runs."""
     now = usage(project)
-    return Sample(now.memory / MIB, "after the runs before", {"MiB": now.mib()})
+    return Sample(now.memory / MIB, f"after {', '.join(done)}", {"MiB": now.mib()})
 
 
 def trigger_to_start(samples: int) -> Measure:
@@ -154,7 +154,7 @@ def trigger_to_start(samples: int) -> Measure:
             time.sleep(2 + 0.37 * (number % 5))
             asked = time.time()
             run_id = airflow.trigger("bench_one")
-            airflow.follow("bench_one", run_id, patience=PATIENCE_S)
+            follow(airflow, "bench_one", run_id)
             (instance,) = airflow.task_instances("bench_one", run_id)
             found.append(moment(instance["start_date"]) - asked)
         # The first one warms up.

@@ -165,7 +165,9 @@ def start(stack: Compose) -> None:
             while True:
                 ended = child.poll()
                 now = {container.service: container for container in stack.containers()}
-                waiting = sorted(name for name in wanted if name not in now or not now[name].good)
+                # One that is about to be replaced is not ready.
+                ready = {name for name, one in now.items() if one.good and one.config_hash == hashes.get(name)}
+                waiting = sorted(wanted - ready)
                 left = f"; waiting for {', '.join(waiting)}" if waiting else ""
                 progress.update(f"{len(wanted) - len(waiting)} of {len(wanted)} ready{left}")
                 if ended == 0 and not waiting:

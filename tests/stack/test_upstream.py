@@ -3,6 +3,16 @@ one of these is noticed here first, not in a task that went unwatched or a sched
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg2
+import pytest
+
 from tests.support import StackUnderTest
 
 SCHEDULER = "airflow-scheduler"
@@ -311,4 +321,53 @@ def test_airflow_reads_logs_in_pieces_where_it_can(stack: StackUnderTest) -> Non
         "(told,) = logs._lines('airflow-logs', 'none')\n"
         "assert told.startswith('Could not read logs from s3://airflow-logs/none with error'), told\n",
         "airflow-apiserver",
+    )
+
+
+RESULT = "of-a-test"
+
+
+@pytest.fixture
+def results(stack: StackUnderTest) -> Iterator[Any]:
+    """Celery's results, with the worker's login; those of this test are removed."""
+    password = stack.secret("celery_db_password")
+    connection = psycopg2.connect(host=stack.address("postgres"), user="celery", dbname="celery", password=password)
+    connection.autocommit = True
+    with contextlib.closing(connection), connection.cursor() as cursor:
+        yield cursor
+        cursor.execute("DELETE FROM celery_taskmeta WHERE task_id LIKE %s", (f"{RESULT}%",))
+
+
+def test_the_scheduler_unpickles_nothing_that_the_worker_wrote(stack: StackUnderTest, results: Any) -> None:
+    """Code in a task can write there what runs when it is unpickled. What the worker itself writes is read."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.system, ("touch /tmp/unpickled",)
+
+    results.execute(
+        "INSERT INTO celery_taskmeta (id, task_id, status, result) VALUES (nextval('task_id_sequence'), %s, %s, %s)",
+        (f"{RESULT}-evil", "SUCCESS", pickle.dumps(Evil())),
+    )
+    in_airflow(
+        stack,
+        "from airflow.providers.celery.executors.celery_executor_utils import app\n"
+        "import taskguard.preload\n"
+        f"app.backend.store_result('{RESULT}-failed', ValueError('x', 1), 'FAILURE')\n",
+    )
+    results.execute("SELECT result FROM celery_taskmeta WHERE task_id = %s", (f"{RESULT}-failed",))
+    assert json.loads(bytes(results.fetchone()[0]))["exc_type"] == "ValueError"
+    in_airflow(
+        stack,
+        "import os\n"
+        "from celery.result import AsyncResult\n"
+        "from airflow.providers.celery.executors.celery_executor_utils import BulkStateFetcher, app\n"
+        "from wakeup import results\n"
+        "results.keep_as_json()\n"
+        f"asked = [AsyncResult(f'{RESULT}-{{name}}', app=app) for name in ('evil', 'failed')]\n"
+        "found = BulkStateFetcher(1, app).get_many(asked)\n"
+        f"assert {{name: state for name, (state, _) in found.items()}} == "
+        f"{{'{RESULT}-evil': 'SUCCESS', '{RESULT}-failed': 'FAILURE'}}, found\n"
+        "assert not os.path.exists('/tmp/unpickled')\n",
+        SCHEDULER,
     )

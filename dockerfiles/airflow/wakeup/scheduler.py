@@ -1,4 +1,5 @@
-"""`airflow scheduler`, with two changes to what costs it time (`python3 -m wakeup.scheduler`).
+"""`airflow scheduler`, which unpickles nothing that the worker wrote (wakeup.results), with two changes to what costs
+it time (`python3 -m wakeup.scheduler`).
 
 - Its pause between two rounds in which nothing happened ends when the database says that something
   did. The loop calls `time.sleep`, found in its own module; there is no setting or hook for it. Where
@@ -23,6 +24,7 @@ from typing import Any
 import psycopg2
 from sqlalchemy.engine import make_url
 
+from wakeup import results
 from wakeup.database import CHANNEL
 from wakeup.pace import Pace
 
@@ -99,6 +101,7 @@ def main() -> None:
     from airflow.configuration import conf
     from airflow.jobs import scheduler_job_runner
 
+    results.keep_as_json()
     scheduler_job_runner.time = Clock(conf.get_mandatory_value("database", "sql_alchemy_conn"))
     pace = Pace(conf.getint("celery", "worker_concurrency"), conf.getint("core", "parallelism"))
     rest_while_tasks_wait(pace)

@@ -90,6 +90,8 @@ def test_it_does_nothing_else(path: str) -> None:
     [
         [(b"authorization", b"basic  " + basic("serving"))],
         [(b"authorization", b"Basic\t" + basic("serving"))],
+        [(b"authorization", b"Basic\xa0" + basic("serving"))],
+        [(b"authorization", b"Basic\x85" + basic("serving"))],
         [(b"authorization", b"Basic " + basic("serving")[:8] + b"," + basic("serving")[8:])],
         [(b"authorization", b"Basic " + basic("airflow")), SERVING],
         [SERVING, (b"authorization", b"Basic " + basic("airflow"))],

@@ -65,12 +65,13 @@ def users(scope: Scope) -> set[bytes]:
     MLflow's two applications read a header each in their own way: FastAPI's takes the first and its second word,
     Flask's what follows the first space of all of them, joined. Whoever is found by any of these is meant.
     """
-    values = [value for name, value in scope["headers"] if name in HEADERS]
-    texts = {text for value in (*values, b",".join(values)) for text in (*value.split()[1:], value.partition(b" ")[2])}
+    values = [value.decode("latin-1") for name, value in scope["headers"] if name in HEADERS]
+    # As text, like FastAPI: that has more kinds of space between words than bytes have.
+    texts = {text for value in (*values, ",".join(values)) for text in (*value.split()[1:], value.partition(" ")[2])}
     found = set()
     for text in texts:
         try:
-            found.add(base64.b64decode(text).partition(b":")[0])
+            found.add(base64.b64decode(text.encode("latin-1")).partition(b":")[0])
         except binascii.Error:
             continue
     return found

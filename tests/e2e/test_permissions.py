@@ -1,4 +1,5 @@
-"""What MLflow lets a login do and see is what it would without our shorter ways to find that out."""
+"""What MLflow lets a login do and see is what it would without our shorter ways to find that out, but for the
+passwords of the generated logins."""
 
 from __future__ import annotations
 
@@ -122,3 +123,21 @@ def test_what_is_granted_or_revoked_counts_at_once(
         changed = {"username": person.headers["X-Name"], "is_admin": is_admin}
         admin.patch(f"{USERS}/update-admin", json=changed).raise_for_status()
         assert logs() == {code}
+
+
+def test_a_task_cannot_lock_the_others_out(stack: StackUnderTest, admin: httpx.Client, person: httpx.Client) -> None:
+    """Whoever asks, by both paths, the generated logins keep their passwords; a person's can be changed."""
+    password = stack.secret("mlflow_airflow_password")
+    with httpx.Client(base_url=stack.mlflow_url, auth=("airflow", password), timeout=30) as task:
+        for api in ("api", "ajax-api"):
+            change = f"/{api}/2.0/mlflow/users/update-password"
+            new = {"password": secrets.token_urlsafe(12), "current_password": password}
+            answers = [task.patch(change, json={"username": "airflow", **new})]
+            # With what they have: were they not refused, this would mend what the first did.
+            for user in ("airflow", "serving"):
+                own = {"username": user, "password": stack.secret(f"mlflow_{user}_password")}
+                answers.append(admin.patch(change, json=own))
+            assert [answer.status_code for answer in answers] == [403] * 3
+            other = {"username": person.headers["X-Name"], "password": secrets.token_urlsafe(12)}
+            assert admin.patch(change, json=other).status_code == 200
+        assert task.get(f"{USERS}/current").status_code == 200

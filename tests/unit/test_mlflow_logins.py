@@ -1,4 +1,4 @@
-"""Serving's login is held to reading models, however a request names it."""
+"""Serving's login is held to reading models, however a request names it; the generated logins keep their passwords."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import base64
 from typing import Any
 
 import pytest
-from mlstack_logins import OnlyModels
+from mlflow.exceptions import MlflowException
+from mlstack_logins import OnlyModels, keep_passwords
 
 
 def basic(user: str) -> bytes:
@@ -101,3 +102,26 @@ def test_it_does_nothing_else(path: str) -> None:
 def test_no_way_of_writing_it_gets_around(headers: list[tuple[bytes, bytes]]) -> None:
     """What one of MLflow's two applications reads as this login is held to be it."""
     assert status("POST", "/api/2.0/mlflow/experiments/create", *headers) == 403
+
+
+class FakeStore:
+    """MLflow's store of logins: keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str | None, bool | None]] = []
+
+    def update_user(self, username: str, password: str | None = None, is_admin: bool | None = None) -> str:
+        self.told.append((username, password, is_admin))
+        return username
+
+
+def test_the_generated_logins_keep_their_passwords() -> None:
+    store = FakeStore()
+    keep_passwords(store)
+    for user in ("airflow", "serving"):
+        with pytest.raises(MlflowException, match=f"password of {user}") as error:
+            store.update_user(user, password="another-password")
+        assert error.value.get_http_status_code() == 403
+        assert store.update_user(user, is_admin=False) == user
+    assert store.update_user("ada", password="another-password") == "ada"
+    assert store.told == [("airflow", None, False), ("serving", None, False), ("ada", "another-password", None)]

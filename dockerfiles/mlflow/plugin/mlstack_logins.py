@@ -1,4 +1,5 @@
-"""A login that reads registered models and does nothing else: that of serving.
+"""What the generated logins may not do: serving's reads registered models and does nothing else, and no request
+changes their passwords.
 
 MLflow's permissions cannot say so. In this stack everybody may read everything (`default_permission = READ`), and
 whoever can log in can create experiments and models, which are theirs then. A DENY would stop that, but one for
@@ -6,18 +7,26 @@ all experiments stops reading too, and none can be lifted for a single model.
 
 So its requests are held against a list before MLflow sees them. Everybody else's pass. What MLflow itself refuses,
 a wrong password first of all, it goes on to refuse.
+
+A login may change its own password, as far as MLflow is concerned. Here any task could, and lock all others out.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import re
+from typing import Any
 from urllib.parse import parse_qs
 
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+GENERATED = frozenset({"airflow", "serving"})
+"""Those that mlflow-init makes, and gives the passwords of secrets/; it does so again only when these change."""
 READERS = frozenset({b"serving"})
 READABLE = (
     "/api/2.0/mlflow/registered-models/",
@@ -30,6 +39,19 @@ ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 OF_A_MODEL = re.compile(r"/?\d+/models/(?!.*(\.\.|%))")
 """Where below ARTIFACTS a model's files are: a run's other artifacts, training data among them, are elsewhere."""
 HEADERS = frozenset({b"authorization", b"x-mlflow-authorization"})
+
+
+def keep_passwords(store: Any) -> None:
+    """From now on the store of logins sets no password of GENERATED, whoever asks for it, an admin included."""
+    update_user = store.update_user
+
+    @functools.wraps(update_user)
+    def update(username: str, password: str | None = None, is_admin: bool | None = None) -> Any:
+        if password is not None and username in GENERATED:
+            raise MlflowException(f"the password of {username} is that of secrets/", PERMISSION_DENIED)
+        return update_user(username, password=password, is_admin=is_admin)
+
+    store.update_user = update
 
 
 class OnlyModels:

@@ -15,7 +15,8 @@ between two threads.
 
 *JSON* is made in one pass (mlstack_json.py).
 
-*Serving's login* is held to what it needs before all of that (mlstack_logins.py).
+*Serving's login* is held to what it needs before all of that, and the generated logins keep their passwords
+(mlstack_logins.py).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from mlflow.server.artifact_router import _get_artifact_repo, _get_workspace_sco
 from mlflow.server.handlers import _content_disposition_attachment
 from mlflow.utils.mime_type_utils import _guess_mime_type
 from mlflow.utils.uri import validate_path_is_safe
-from mlstack_logins import OnlyModels
+from mlstack_logins import OnlyModels, keep_passwords
 from starlette.middleware import Middleware
 from starlette.middleware.wsgi import build_environ
 from starlette.requests import Request
@@ -68,6 +69,7 @@ def create_app() -> FastAPI:
     Server.main_loop = look_each_second
     app = auth.create_app()
     mlstack_permissions.install()
+    keep_passwords(auth.store)
     flask = straight_to_flask(app)
     for prefix in PREFIXES:
         app.router.routes.insert(0, Route(prefix + "{path:path}", download, methods=["GET"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 import tracemalloc
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from mlflow.entities import FileInfo
 from serving import app, follower, inputs
 from serving.follower import Follower
 from serving.inputs import Column, RefusedError
-from serving.prediction_log import BATCH, PredictionLog
+from serving.prediction_log import BATCH, OBJECT, PredictionLog
 from serving.registry import Registry, Version
 from stack import images, settings
 
@@ -383,6 +384,59 @@ def test_with_the_store_away_the_newest_rows_wait() -> None:
     store.away = False
     assert log.write()
     assert store.predictions == list(range(2, 12))
+
+
+@pytest.mark.parametrize("document", [True, False])
+def test_rows_that_wait_are_bounded_by_their_bytes(document: bool) -> None:
+    """Documents of 50 KB each, or thirty numbers: what waits has so much memory, and the newest are kept."""
+    store = FakeStore(away=True)
+    largest = 2 << 20
+    log = PredictionLog("m", store.put, largest=largest)
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            if document:
+                log.add("1", {"a": [f"{number:50000}"]}, [{"label": [f"{number:1000}"]}])
+            else:
+                log.add("1", {f"c{name}": [number / (row + 3) for row in range(40)] for name in range(30)}, [0] * 40)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.7 * largest < held < 1.3 * largest
+    assert not log.write()
+    assert log.queued + log.dropped == (100 if document else 4000)
+    assert log.queued > (30 if document else 1000)
+
+
+def test_a_row_that_is_too_large_alone_is_counted() -> None:
+    store = FakeStore()
+    log = PredictionLog("m", store.put, largest=5000)
+    log.add("1", {"a": ["x", "y" * 5000, "z"]}, [0, 1, 2])
+    assert log.write()
+    assert (store.predictions, log.dropped) == ([2], 2)
+
+
+def test_large_rows_are_several_objects() -> None:
+    """What a JSON text has counts: six letters for one that ASCII does not have."""
+    store = FakeStore()
+    log = PredictionLog("m", store.put)
+    log.add("1", {"a": ["\u00e9" * (OBJECT // 12)] * 5}, list(range(5)))
+    assert log.write()
+    assert [len(rows) for _, rows in store.objects] == [2, 2, 1]
+    assert store.predictions == list(range(5))
+
+
+def test_large_rows_are_written_at_once() -> None:
+    """The thread does not sleep for ten seconds while they come."""
+    store = FakeStore()
+    log = PredictionLog("m", store.put)
+    log.start()
+    log.add("1", {"a": ["x" * OBJECT]}, [0])
+    end = time.monotonic() + 5
+    while not store.objects and time.monotonic() < end:
+        time.sleep(0.01)
+    assert store.predictions == [0]
+    log.stop()
 
 
 def test_what_the_store_took_without_saying_so_is_written_to_the_same_place() -> None:

@@ -1,8 +1,8 @@
 """What was answered, row by row, on its way to the store.
 
 A request only puts its rows into memory. A thread writes them as objects of JSON lines, every ten seconds or as
-soon as there are enough. While the store is away the rows wait; when there are too many the oldest go, and are
-counted.
+soon as there are enough. While the store is away the rows wait; when there are too many, or they are too large, the
+oldest go, and are counted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,25 +24,34 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 10.0
 BATCH = 1000
 """Rows that are written at once, however little time has passed."""
+OBJECT = 8 << 20
+"""Bytes that are written at once: an object ends with the row that makes it as large."""
 MOST = 50_000
 """Rows that wait at the most."""
+LARGEST = 32 << 20
+"""Bytes of memory that they have at the most: beside two models some 100 MiB are left (docs/memory.md), and requests
+under way may hold 64 of these."""
+ROW = 240
+"""Bytes of memory that a row has beside its values."""
 LAST_WORDS_S, AGAIN_S = 15.0, 1.0
 """How long it goes on writing when the service stops, and how soon it tries again then."""
 
-Row = tuple[str, str, tuple[str, ...], tuple[Any, ...], Any]
-"""When, by which version, the columns, their values, the prediction."""
+Row = tuple[str, str, tuple[str, ...], tuple[Any, ...], Any, int]
+"""When, by which version, the columns, their values, the prediction; the bytes of memory that these have, about."""
 
 
 class PredictionLog:
     """Takes rows from any thread; `put(key, body)` writes an object, and raises where it cannot."""
 
-    def __init__(self, model: str, put: Callable[[str, bytes], None], most: int = MOST) -> None:
+    def __init__(self, model: str, put: Callable[[str, bytes], None], most: int = MOST, largest: int = LARGEST) -> None:
         self.dropped = 0
         self.written = 0
         self._model = model
         self._put = put
-        self._most = most
+        self._most, self._largest = most, largest
         self._rows: collections.deque[Row] = collections.deque()
+        self._bytes = 0
+        """Of all that wait."""
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -58,11 +68,16 @@ class PredictionLog:
     def add(self, version: str, table: dict[str, list[Any]], predictions: list[Any]) -> None:
         """Keeps the rows of an answer."""
         at, names = datetime.now(timezone.utc).isoformat(timespec="microseconds"), tuple(table)
-        rows = zip(zip(*table.values(), strict=True), predictions, strict=True)
+        common = ROW + sys.getsizeof(names) // max(len(predictions), 1) + 8 * len(names)
+        rows: list[Row] = [
+            (at, version, names, values, told, common + sum(map(sys.getsizeof, values)) + _size(told))
+            for values, told in zip(zip(*table.values(), strict=True), predictions, strict=True)
+        ]
         with self._lock:
-            self._rows.extend((at, version, names, values, told) for values, told in rows)
+            self._rows.extend(rows)
+            self._bytes += sum(row[-1] for row in rows)
             self._drop()
-            enough = len(self._rows) >= BATCH
+            enough = len(self._rows) >= BATCH or self._bytes >= OBJECT
         if enough:
             self._wake.set()
 
@@ -91,14 +106,17 @@ class PredictionLog:
 
     def write(self) -> bool:
         """Writes all that waits; whether the store took it."""
-        while batch := self._take():
+        while True:
+            batch, lines = self._take()
+            if not batch:
+                return True
             # The first attempt's: the store may have taken that, and been too slow to say so.
             self._key = self._key or self._new_key()
             try:
-                self._put(self._key, b"".join(_line(row) for row in batch))
+                self._put(self._key, b"".join(lines))
             except Exception as error:
                 if not self._away:
-                    log.warning("the store does not take the predictions; up to %s wait: %s", self._most, error)
+                    log.warning("the store does not take the predictions; the newest wait: %s", error)
                 self._away = True
                 self._give_back(batch)
                 return False
@@ -107,29 +125,54 @@ class PredictionLog:
             if self._away:
                 log.info("the store takes the predictions again")
                 self._away = False
-        return True
 
     def _new_key(self) -> str:
         return f"{self._model}/{datetime.now(timezone.utc):%Y/%m/%d/%H%M%S}-{secrets.token_hex(4)}.jsonl"
 
-    def _take(self) -> list[Row]:
-        with self._lock:
-            return [self._rows.popleft() for _ in range(min(BATCH, len(self._rows)))]
+    def _take(self) -> tuple[list[Row], list[bytes]]:
+        """The oldest rows, and the lines of an object with them."""
+        batch: list[Row] = []
+        lines: list[bytes] = []
+        length = 0
+        while len(batch) < BATCH and length < OBJECT:
+            with self._lock:
+                if not self._rows:
+                    break
+                batch.append(self._oldest())
+            lines.append(_line(batch[-1]))
+            length += len(lines[-1])
+        return batch, lines
 
     def _give_back(self, batch: list[Row]) -> None:
         with self._lock:
             self._rows.extendleft(reversed(batch))
+            self._bytes += sum(row[-1] for row in batch)
             self._drop()
 
     def _drop(self) -> None:
         """The oldest go. The lock is held."""
-        for _ in range(len(self._rows) - self._most):
-            self._rows.popleft()
+        while len(self._rows) > self._most or self._bytes > self._largest:
+            self._oldest()
             self.dropped += 1
+
+    def _oldest(self) -> Row:
+        """Takes it out. The lock is held."""
+        row = self._rows.popleft()
+        self._bytes -= row[-1]
+        return row
+
+
+def _size(value: Any) -> int:
+    """Bytes of memory that a value has, with what is in it."""
+    if isinstance(value, dict):
+        return sys.getsizeof(value) + sum(_size(key) + _size(one) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return sys.getsizeof(value) + sum(map(_size, value))
+    return sys.getsizeof(value)
 
 
 def _line(row: Row) -> bytes:
-    at, version, names, values, told = row
+    at, version, names, values, told, _ = row
     inputs = dict(zip(names, (_plain(value) for value in values), strict=True))
     line = {"at": at, "version": version, "inputs": inputs, "prediction": finite(told)}
     return json.dumps(line, separators=(",", ":"), default=str).encode() + b"\n"

@@ -231,3 +231,13 @@ def test_interrupting_a_restart_loses_nothing(stack: StackUnderTest) -> None:
     said = stack.make("up")
     assert said.code == 0, said.output
     assert all(one.good for one in stack.compose.containers())
+
+
+@pytest.mark.parametrize("service", ["airflow-worker", "mlflow"])
+def test_temporary_files_do_not_outlive_a_restart(stack: StackUnderTest, service: str) -> None:
+    """What killed processes left, closed folders included; without them it is healthy soon."""
+    left = "mkdir -p /tmp/left/closed && touch /tmp/left/closed/file && chmod 0 /tmp/left/closed"
+    assert stack.exec(service, "sh", "-c", left).code == 0
+    assert run("docker", "restart", stack.container(service)).code == 0
+    wait_until(lambda: stack.inspect(service)["State"]["Health"]["Status"] == "healthy", 120, f"a healthy {service}")
+    assert "left" not in stack.exec(service, "ls", "-A", "/tmp").output.split()

@@ -70,6 +70,15 @@ def test_every_value_is_used(merged: compose.Compose) -> None:
     assert named == {name for name in merged.values if not name.startswith("COMPOSE_")}
 
 
+def test_what_is_left_in_a_volume_of_temporary_files_goes_at_each_start(services: dict[str, dict[str, Any]]) -> None:
+    begun = {
+        name: one["command"][:2]
+        for name, one in services.items()
+        if any(mount["target"] == "/tmp" and mount["type"] == "volume" for mount in one.get("volumes", []))
+    }
+    assert begun == {"airflow-worker": ["emptied", "/tmp"], "mlflow": ["emptied", "/tmp"]}
+
+
 SCHEMES = {
     "https": "https://git.example/team/dags.git",
     "ssh": "ssh://git@git.example/team/dags.git",

@@ -127,6 +127,37 @@ def test_with_secrets_refuses_an_empty_file(tmp_path: Path) -> None:
     assert "missing, empty or unreadable" in done.stderr
 
 
+def test_emptied_deletes_what_is_there_and_nothing_else(tmp_path: Path) -> None:
+    """Whatever it is, hidden or closed; where a link points to stays, and the folder itself."""
+    folder, other = tmp_path / "a folder", tmp_path / "other"
+    (folder / "venv/bin").mkdir(parents=True)
+    other.mkdir()
+    (other / "kept").touch()
+    other.chmod(0o500)
+    for name in (".hidden", "-rf", "two\nlines", "venv/bin/python"):
+        (folder / name).touch()
+    (folder / "link").symlink_to(other)
+    (folder / "venv/kept").symlink_to(other / "kept")
+    os.mkfifo(folder / "pipe")
+    (folder / "closed/inner").mkdir(parents=True)
+    (folder / "closed/inner").chmod(0)
+    (folder / "closed").chmod(0)
+    done = ask(
+        BASE / "emptied", folder, sys.executable, "-c", "import sys; print(sys.argv[1:]); sys.exit(5)", "a b", "*"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (5, "['a b', '*']\n", "")
+    assert list(folder.iterdir()) == []
+    assert list(other.iterdir()) == [other / "kept"]
+    assert other.stat().st_mode & 0o777 == 0o500
+
+
+def test_emptied_starts_nevertheless(tmp_path: Path) -> None:
+    """With a folder that it cannot empty, here because it does not exist."""
+    done = ask(BASE / "emptied", tmp_path / "none", "echo", "started")
+    assert (done.returncode, done.stdout) == (0, "started\n")
+    assert done.stderr == f"not all of {tmp_path / 'none'} could be deleted\n"
+
+
 def test_worker_probe(tmp_path: Path) -> None:
     """Healthy with a fresh heartbeat; not without one, and not with an old one."""
     beat = tmp_path / "beat"

@@ -239,6 +239,14 @@ def many_letters() -> None:
         print("z")
 
 
+def many_rows() -> None:
+    """20 MB through `logging`, nearly all of it in the arguments."""
+    import logging
+
+    for _ in range(20_000):
+        logging.getLogger("fault").info("row %s", "r" * 1000)
+
+
 def leak() -> int:
     """What a module keeps is gone with the task's process."""
     import builtins
@@ -321,6 +329,7 @@ case("line", long_line)
 case("line_of_program", long_line_of_a_program)
 case("lines", many_lines)
 case("letters", many_letters)
+case("rows", many_rows)
 case("record", long_log_record)
 case("too_large", lambda: None, resources={"ram": 10**6}, retries=3)
 case("kill_pool_process", lambda: kill_parent(1), retries=1, retry_delay=SECOND)

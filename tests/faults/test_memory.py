@@ -162,6 +162,7 @@ def test_other_ways_to_take_the_worker_down(play: Callable[..., Outcome], case: 
         ("record", "cut here"),
         ("lines", "more is not kept"),
         ("letters", "more is not kept"),
+        ("rows", "more is not kept"),
         ("twice", "MiB (from its resources)"),
     ],
 )

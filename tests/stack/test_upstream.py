@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
+
+
 import pytest
 
 from tests.support import StackUnderTest
@@ -76,6 +78,50 @@ def test_structlogs_loggers_share_one_list_of_processors(stack: StackUnderTest) 
         "from taskguard import output\n"
         "output.bound()\n"
         "early.info('y' * 10**6)\n"
+        "written = buffer.getvalue()\n"
+        "assert b'cut here' in written and len(written) < 2 * output.LONGEST_LINE, written[:300]\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "logging.getLogger('a').info('row %s', 'x' * 1000)",
+        "logging.getLogger('a').info('\u4e16' * 1000)",
+        "logging.getLogger('a').error('failed', exc_info=ValueError('x' * 1000))",
+        "structlog.get_logger('a').error('failed', exc_info=ValueError('x' * 1000))",
+        "structlog.get_logger('a').info('row', parts=['x' * 1000])",
+    ],
+)
+def test_a_log_is_metered_as_it_is_written(stack: StackUnderTest, write: str) -> None:
+    """output.bound renders no record itself: it wraps what Airflow put last, in structlog and in `logging`. 16 MiB
+    in the file would end the task."""
+    in_airflow(
+        stack,
+        "import io, logging, structlog\n"
+        "from airflow.sdk.log import configure_logging\n"
+        "from taskguard import output\n"
+        "buffer = io.BytesIO()\n"
+        "configure_logging(json_output=True, output=buffer, sending_to_supervisor=True)\n"
+        "output.bound()\n"
+        "for _ in range(14_000):\n"
+        f"    {write}\n"
+        "most = output.LONGEST_LOG * (1.5 if b'failed' in buffer.getvalue() else 1)\n"
+        "assert 0.99 * most < len(buffer.getvalue()) <= most\n",
+    )
+
+
+def test_a_long_exception_is_cut(stack: StackUnderTest) -> None:
+    """In a record of `logging` too: its traceback is a list in the event."""
+    in_airflow(
+        stack,
+        "import io, logging\n"
+        "from airflow.sdk.log import configure_logging\n"
+        "from taskguard import output\n"
+        "buffer = io.BytesIO()\n"
+        "configure_logging(json_output=True, output=buffer, sending_to_supervisor=True)\n"
+        "output.bound()\n"
+        "logging.getLogger('a').error('failed', exc_info=ValueError('x' * 10**6))\n"
         "written = buffer.getvalue()\n"
         "assert b'cut here' in written and len(written) < 2 * output.LONGEST_LINE, written[:300]\n",
     )

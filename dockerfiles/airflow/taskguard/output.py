@@ -8,10 +8,12 @@ as one JSON document. The task itself goes on.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import logging
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import structlog
@@ -19,18 +21,28 @@ import structlog
 LONGEST_LINE = 64 * 1024
 """Characters; nobody reads more."""
 LONGEST_LOG = 8 * 2**20
-"""Characters of the log's file. Half as much again is kept for errors, which come last and matter most."""
+"""Bytes of the log's file. Half as much again is kept for errors, which come last and matter most."""
 AROUND_A_LINE = 112
-"""Characters that Airflow puts around a line in that file: its time, level and logger. Four million lines of
+"""Bytes that Airflow puts around a printed line in that file: its time, level and logger. Four million lines of
 one character would be a file of half a gigabyte otherwise."""
 FULL = f"This log has {LONGEST_LOG // 2**20} MiB; more is not kept, errors apart. The task goes on."
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def cut(text: str) -> str:
-    """A message of a bearable length, saying what is missing."""
-    if len(text) <= LONGEST_LINE:
-        return text
-    return f"{text[:LONGEST_LINE]} [cut here: {len(text)} characters in one line, {LONGEST_LINE} are kept]"
+def size(text: str) -> int:
+    """Bytes of a text in the log's file, which is JSON: a letter may take four, a control character six."""
+    return len(_as_json(text).encode(errors="surrogatepass"))
+
+
+def cut(value: Any) -> Any:
+    """A message of a bearable length, saying what is missing; a traceback with each text in it cut like that."""
+    if isinstance(value, dict):
+        return {key: cut(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [cut(one) for one in value]
+    if not isinstance(value, str) or len(value) <= LONGEST_LINE:
+        return value
+    return f"{value[:LONGEST_LINE]} [cut here: {len(value)} characters in one line, {LONGEST_LINE} are kept]"
 
 
 class Meter:
@@ -39,10 +51,10 @@ class Meter:
     def __init__(self) -> None:
         self._written = 0
 
-    def room(self, size: int, *, lines: int = 1, error: bool = False) -> bool:
-        """Whether so much more may be written; says once that it is over."""
+    def room(self, more: int, *, error: bool = False) -> bool:
+        """Whether so many bytes more may be written; says once that it is over."""
         before = self._written
-        self._written += size + lines * AROUND_A_LINE
+        self._written += more
         if before <= LONGEST_LOG < self._written and sys.__stderr__:
             sys.__stderr__.write(FULL + "\n")
         return self._written <= LONGEST_LOG * (1.5 if error else 1)
@@ -68,7 +80,7 @@ class _Lines(io.TextIOBase):
         if len(piece) > room:
             kept = piece[:room] + " [cut here: the line is too long]" if room > 0 else ""
             kept += "\n" if ends else ""
-        if kept and self._meter.room(len(kept), lines=int(ends)):
+        if kept and self._meter.room(size(kept) + AROUND_A_LINE * ends):
             self._stream.write(kept)
         self._column = 0 if ends else min(LONGEST_LINE, self._column + len(piece))
 
@@ -104,29 +116,37 @@ def bound() -> None:
     sys.stdout = _Lines(sys.stdout, meter)
     sys.stderr = _Lines(sys.stderr, meter)
 
-    def cut_event(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        size = 0
+    def cut_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         for key, value in event.items():
-            if isinstance(value, str):
-                event[key] = cut(value)
-                size += len(event[key])
-        if not meter.room(size, error=level in ("error", "exception", "critical")):
-            raise structlog.DropEvent
+            event[key] = cut(value)
         return event
 
+    def metered(render: Callable[..., Any]) -> Callable[..., Any]:
+        def rendered(logger: Any, level: str, event: MutableMapping[str, Any]) -> Any:
+            line = render(logger, level, event)
+            written = len(line if isinstance(line, bytes) else line.encode(errors="surrogatepass"))
+            if not meter.room(written + 1, error=level in ("error", "exception", "critical")):
+                raise structlog.DropEvent
+            return line
+
+        return rendered
+
     # Operators log through structlog. Its loggers share this list; the last one renders, and by then
-    # a message has its arguments in it.
-    structlog.get_config()["processors"].insert(-1, cut_event)
-    make = logging.getLogRecordFactory()
-
-    def record(*args: Any, **words: Any) -> logging.LogRecord:
-        made = make(*args, **words)
-        if isinstance(made.msg, str):
-            made.msg = cut(made.msg)
-        if isinstance(made.args, tuple):
-            made.args = tuple(cut(one) if isinstance(one, str) else one for one in made.args)
-        return made
-
-    logging.setLogRecordFactory(record)
+    # a message has its arguments in it, and an exception is its traceback.
+    processors = structlog.get_config()["processors"]
+    processors[-1:] = [cut_event, metered(processors[-1])]
     for handler in logging.getLogger().handlers:
-        handler.addFilter(lambda made: meter.room(len(str(made.msg)), error=made.levelno >= logging.ERROR))
+        if isinstance(handler.formatter, structlog.stdlib.ProcessorFormatter):
+            *others, render = handler.formatter.processors
+            handler.formatter.processors = [*others, cut_event, metered(render)]
+            handler.emit = _unless_dropped(handler.emit)  # type: ignore[method-assign, assignment]
+
+
+def _unless_dropped(emit: Callable[[logging.LogRecord], None]) -> Callable[[logging.LogRecord], None]:
+    """A handler's `emit` that takes a dropped event for what it is, as structlog's own loggers do."""
+
+    def emitted(record: logging.LogRecord) -> None:
+        with contextlib.suppress(structlog.DropEvent):
+            emit(record)
+
+    return emitted

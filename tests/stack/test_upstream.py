@@ -111,6 +111,23 @@ def test_a_log_is_metered_as_it_is_written(stack: StackUnderTest, write: str) ->
     )
 
 
+def test_an_error_is_kept_after_all_that_was_dropped(stack: StackUnderTest) -> None:
+    """It comes last and matters most; what was dropped takes no room from it."""
+    in_airflow(
+        stack,
+        "import io, logging\n"
+        "from airflow.sdk.log import configure_logging\n"
+        "from taskguard import output\n"
+        "buffer = io.BytesIO()\n"
+        "configure_logging(json_output=True, output=buffer, sending_to_supervisor=True)\n"
+        "output.bound()\n"
+        "for _ in range(14_000):\n"
+        "    logging.getLogger('a').info('x' * 1000)\n"
+        "logging.getLogger('a').error('the last words')\n"
+        "assert b'the last words' in buffer.getvalue()\n",
+    )
+
+
 def test_a_long_exception_is_cut(stack: StackUnderTest) -> None:
     """In a record of `logging` too: its traceback is a list in the event."""
     in_airflow(

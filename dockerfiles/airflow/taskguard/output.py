@@ -50,14 +50,18 @@ class Meter:
 
     def __init__(self) -> None:
         self._written = 0
+        self._full = False
 
     def room(self, more: int, *, error: bool = False) -> bool:
         """Whether so many bytes more may be written; says once that it is over."""
-        before = self._written
+        if not self._full and self._written + more > LONGEST_LOG:
+            self._full = True
+            if sys.__stderr__:
+                sys.__stderr__.write(FULL + "\n")
+        if self._full and not (error and self._written + more <= 1.5 * LONGEST_LOG):
+            return False
         self._written += more
-        if before <= LONGEST_LOG < self._written and sys.__stderr__:
-            sys.__stderr__.write(FULL + "\n")
-        return self._written <= LONGEST_LOG * (1.5 if error else 1)
+        return True
 
 
 class _Lines(io.TextIOBase):

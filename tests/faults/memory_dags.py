@@ -247,6 +247,13 @@ def many_rows() -> None:
         logging.getLogger("fault").info("row %s", "r" * 1000)
 
 
+def tells(context: Any) -> None:
+    """A callback that takes longer, and more memory, than what is left to a task that ran out of it."""
+    block = touch(32)
+    time.sleep(10)
+    print(f"the callback had {len(block) // MIB} MiB")
+
+
 def leak() -> int:
     """What a module keeps is gone with the task's process."""
     import builtins
@@ -312,6 +319,7 @@ def prints() -> str:
 case("prints", prints)
 case("allocation", big_array)
 case("grow", grow)
+case("callback", grow, on_failure_callback=tells)
 case("grow_retry", lambda: grow(BUDGET + 96), retries=1, retry_delay=SECOND)
 case("fork_pool", pool_of_processes)
 case("futures", pool_of_futures)

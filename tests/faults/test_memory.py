@@ -137,6 +137,15 @@ def test_an_overrun_ends_that_task_with_a_reason(play: Callable[..., Outcome], c
         assert part in ended.explanation
 
 
+@pytest.mark.usefixtures("unharmed")
+def test_callbacks_have_time_and_memory(play: Callable[..., Outcome]) -> None:
+    """They run before Airflow tells anybody of the failure."""
+    ended = play("callback")
+    assert ended.state == "failed"
+    assert "the callback had 32 MiB" in ended.logs[0]
+    assert ended.explanation
+
+
 @pytest.mark.parametrize(
     ("case", "told"),
     [("fork_bomb", "processes"), ("line_of_program", "the process that supervises it grew")],

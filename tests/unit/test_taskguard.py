@@ -4,7 +4,11 @@ what is told."""
 from __future__ import annotations
 
 import resource
+import socket
 import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskguard import explain, linux
+from taskguard import explain, linux, protocol
 from taskguard.admission import Admission
 from taskguard.explain import Figures
+from taskguard.guard import ENDING_PATIENCE_S, LAST_WORDS, PATIENCE_S, Guard, Watch
 from taskguard.ledger import MAX_OVERRUNS, Instance, Ledger
+from taskguard.linux import MIB, Container, Memory
 
 budgets = st.lists(st.integers(min_value=1, max_value=100), max_size=30)
 
@@ -186,6 +192,80 @@ def test_a_disk_that_fills_up_costs_figures_only(tmp_path: Path, caplog: pytest.
     ledger.record_overrun(ran(7), 192, 200, "told")
     ledger.close()
     assert 7 in [row["map_index"] for row in Ledger(tmp_path / "ledger.db").overruns()]
+
+
+@pytest.fixture
+def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Guard, Watch]]:
+    """A guard, and a task of 100 MiB that went beyond them and says that it failed."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(protocol, "listen", lambda: ours)
+    monkeypatch.setattr(linux, "container", lambda: Container(1000 * MIB, 500 * MIB, 0))
+    guard = Guard(capacity=400, default=100, larger_retries=True, ledger=tmp_path / "ledger.db")
+    task = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+    assert task.stdin
+    assert task.stdout
+    task.stdin.write(b"\n")
+    task.stdout.readline()  # It has all the memory that it will ever want.
+    found = linux.process(task.pid)
+    assert found
+    # No process has the number of its supervisor.
+    watch = Watch(2**30, Memory(0, 0, 0), time.monotonic(), 100, leader=task.pid, members={task.pid: found})
+    guard.watches[watch.supervisor] = watch
+    watch.used = 110 * MIB
+    guard._judge(watch, time.monotonic())
+    guard._explain(watch, memory_error=True)
+    yield guard, watch
+    task.kill()
+    task.communicate()
+    ours.close()
+    theirs.close()
+
+
+def refused_beyond(watch: Watch) -> int:
+    """Bytes that a task's own process may still ask for."""
+    assert watch.leader
+    found = linux.memory(watch.leader)
+    assert found
+    return resource.prlimit(watch.leader, resource.RLIMIT_DATA)[0] - found.data
+
+
+def test_a_task_that_failed_has_memory_for_its_callbacks(ending: tuple[Guard, Watch]) -> None:
+    """Still at the next look; and no more after it asked again, or than the container has."""
+    guard, watch = ending
+    assert watch.leader
+    assert refused_beyond(watch) == LAST_WORDS
+    watch.used += 24 * MIB
+    guard._explain(watch, memory_error=True)
+    assert refused_beyond(watch) == LAST_WORDS - 24 * MIB
+    guard._measure(watch)
+    assert refused_beyond(watch) > LAST_WORDS, "it has freed all: its budget is there as well"
+
+
+def test_the_memory_for_callbacks_is_what_the_container_has(
+    ending: tuple[Guard, Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have their budgets in full."""
+    guard, watch = ending
+    monkeypatch.setattr(linux, "container", lambda: Container(1000 * MIB, 940 * MIB, 0))
+    guard._explain(watch, memory_error=True)
+    assert refused_beyond(watch) == 12 * MIB
+
+
+@pytest.mark.parametrize(
+    ("used", "after_s", "ends"),
+    [
+        (120 * MIB, PATIENCE_S + 1, False),
+        (120 * MIB, ENDING_PATIENCE_S + 1, True),
+        (110 * MIB + LAST_WORDS + 1, PATIENCE_S + 1, True),
+    ],
+)
+def test_callbacks_have_time_unless_they_are_hungry(
+    ending: tuple[Guard, Watch], used: int, after_s: float, ends: bool
+) -> None:
+    guard, watch = ending
+    watch.used = used
+    guard._judge(watch, time.monotonic() + after_s)
+    assert watch.killed == ends
 
 
 def figures(**words: Any) -> Figures:

@@ -61,6 +61,9 @@ CHILD_PATIENCE_S = 10.0
 """From the end of a task's children to the end of the task: its operator should notice."""
 ENDING_PATIENCE_S = 60.0
 """For callbacks of a task that has failed already."""
+LAST_WORDS = 64 * MIB
+"""For them, too, beyond the budget where it is used up: a client that sends a message imports 20 to 40 MiB. Only of
+what the container has beyond NEARLY_FULL, and shared by all who end at the moment."""
 NEARLY_FULL = 48 * MIB
 """So little left in the container that the one who overran must go now."""
 SUPERVISOR_GROWTH = 8 * MIB
@@ -95,6 +98,10 @@ class Overrun:
     final: bool = False
     """Its children were killed: a multiprocessing.Pool would start them again, and wait for ever."""
     told: bool = False
+    until: int = 0
+    """Bytes that the task may reach for its ending; 0 while it is not known to end."""
+    left: int = 0
+    """Of these, at the last look."""
 
 
 @dataclass
@@ -511,6 +518,8 @@ class Guard:
         watch.used = total + shared
         if watch.used > watch.peak:
             watch.peak, watch.largest = watch.used, largest
+        if watch.overrun:
+            watch.overrun.left = self._left_to_end(watch, watch.overrun)
         for pid, found in seen.items():
             self._limit(watch, pid, found)
 
@@ -537,9 +546,20 @@ class Guard:
     def _limit(self, watch: Watch, pid: int, found: Memory) -> None:
         """Refuses a process more memory than its task has left, from its next request on."""
         left = max(0, watch.budget * MIB - watch.used)
-        limit = found.data + (0 if watch.overrun else left + SLACK)
+        limit = found.data + (watch.overrun.left if watch.overrun else left + SLACK)
         with contextlib.suppress(OSError, ValueError):
             resource.prlimit(pid, resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+
+    def _left_to_end(self, watch: Watch, overrun: Overrun) -> int:
+        """Bytes that a task may still take for its ending: what is left of its budget, and of LAST_WORDS as much as
+        the container has."""
+        if not overrun.until:
+            return 0
+        container = linux.container()
+        endings = sum(1 for one in self.watches.values() if one.overrun and one.overrun.until)
+        free = max(0, container.limit - container.used - NEARLY_FULL) // max(1, endings)
+        own = max(watch.used, watch.budget * MIB)
+        return own - watch.used + min(max(0, overrun.until - own), free)
 
     def _measure_at_end(self, watch: Watch) -> None:
         """The kernel's own high-water mark, for a peak between two looks."""
@@ -581,7 +601,10 @@ class Guard:
         elif watch.overrun:
             container = linux.container()
             full = kind == "budget" and container.limit - container.used < NEARLY_FULL
-            if full or now - watch.overrun.since > watch.overrun.patience:
+            # It was given memory to end with, and took more.
+            hungry = 0 < watch.overrun.until < watch.used
+            patience = PATIENCE_S if hungry else watch.overrun.patience
+            if full or now - watch.overrun.since > patience:
                 self._end(watch, watch.overrun.figures)
 
     @staticmethod
@@ -646,10 +669,12 @@ class Guard:
         if watch.overrun is None:
             return ""
         watch.overrun.since, watch.overrun.patience = time.monotonic(), ENDING_PATIENCE_S
-        # Its last words need a little memory.
-        if watch.leader:
-            with contextlib.suppress(OSError, ValueError):
-                resource.prlimit(watch.leader, resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        # Once: it asks before its callbacks and after them.
+        watch.overrun.until = watch.overrun.until or max(watch.budget * MIB, watch.used + LAST_WORDS)
+        watch.overrun.left = self._left_to_end(watch, watch.overrun)
+        found = linux.memory(watch.leader) if watch.leader else None
+        if watch.leader and found:
+            self._limit(watch, watch.leader, found)
         return self._tell(watch, watch.overrun.figures)
 
     def _tell(self, watch: Watch, figures: Figures) -> str:

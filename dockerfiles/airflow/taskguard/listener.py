@@ -109,6 +109,10 @@ def on_task_instance_running(previous_state: object, task_instance: Any) -> None
     resources = getattr(task, "resources", None)
     ram = resources.ram.qty if resources is not None else None
     answer = _admission(ram, stays=_goes_on(task_instance))
+    # Airflow runs these before it tells a listener of the failure.
+    for kind in ("on_failure_callback", "on_retry_callback"):
+        if callbacks := getattr(task, kind, None):
+            setattr(task, kind, [_before_callbacks, *callbacks])
     for note in answer.get("notes", []):
         log.warning("%s", note)
     if "granted" in answer:
@@ -176,6 +180,11 @@ def _ran_out(error: object) -> bool:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
+
+
+def _before_callbacks(context: Any) -> None:
+    """Gets memory and time for the callbacks of a task that ran out of memory."""
+    _ask({"op": "explain", "memory_error": _ran_out(context.get("exception"))})
 
 
 @hookimpl

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
-
-
 import pytest
 
 from tests.support import StackUnderTest

@@ -19,8 +19,9 @@ CALLS = 200
 def server(stack: StackUnderTest) -> Iterator[str]:
     """A second MLflow server of the stack, with two processes; its container's name."""
     name = f"{stack.compose.project}-mlflow-two"
-    words = ["run", "--rm", "--detach", "--no-deps", "--name", name, "--env", "MLFLOW_WORKERS=2", "mlflow"]
-    stack.compose.capture(*words)
+    words = ["run", "--rm", "--detach", "--no-deps", "--name", name, "--env", "MLFLOW_WORKERS=2"]
+    # Not with `emptied`: both have the same volume for temporary files, and the first one is using it.
+    stack.compose.capture(*words, "mlflow", "mlflow-server")
     yield name
     run("docker", "rm", "--force", name)
 

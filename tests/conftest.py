@@ -29,9 +29,9 @@ TIMINGS = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The times that the tests took of the verbs: told, never judged; machines differ."""
+    """The times that the tests took: told here, and judged, if at all, where they were taken."""
     for what, seconds in config.stash.get(TIMINGS, {}).items():
-        terminalreporter.write_line(f"{seconds:6.1f} s  {what}")
+        terminalreporter.write_line(f"{seconds:8.3f} s  {what}")
 
 
 @pytest.fixture(scope="session")

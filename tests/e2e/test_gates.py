@@ -263,11 +263,7 @@ def test_an_approval_that_is_refused(airflow: Airflow, tracking: MlflowClient, c
 
 
 def test_an_approval_that_is_given(
-    request: pytest.FixtureRequest,
-    stack: StackUnderTest,
-    airflow: Airflow,
-    tracking: MlflowClient,
-    champion: Callable[[], str],
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]
 ) -> None:
     """Within three minutes a person is asked, with what there is to know; until then `make demo` starts no other run.
     The challenger becomes champion, and there is no challenger any more."""
@@ -275,7 +271,7 @@ def test_an_approval_that_is_given(
     run_id = airflow.trigger(DAG_ID)
     asked = wait_until_asked(airflow, run_id)
     took = time.monotonic() - began
-    request.config.get_terminal_writer().line(f"\npipeline: from trigger to approval {took:.1f} s")
+    stack.timings["the pipeline, from trigger to approval"] = took
     assert took < APPROVAL_S
     made = airflow.xcom(DAG_ID, run_id, "register")
     for told in (made["name"], f"version {made['version']}", "trained on the example's data", made["url"]):

@@ -22,7 +22,7 @@ from tests.support import StackUnderTest, run, wait_until
 FOLLOWS_S = 10
 REQUESTS = 10_000
 CLIENTS = 8
-SLOWEST_MS = 500
+SLOWEST_S = 0.5
 """For the slowest in a hundred, clients and servers on one busy machine; the service's own aim is a tenth of it."""
 FLUSHED_S = 30
 ROW = {
@@ -142,12 +142,14 @@ def test_it_follows_the_alias(
     started = stack.inspect("serving")["State"]["StartedAt"]
     for made in (two[1], two[0]):
         made.promote(tracking)
+        began = time.perf_counter()
         wait_until(lambda made=made: ask(http, ROW).json()["version"] == made.version, FOLLOWS_S, "the new version")
+        stack.timings["the alias moved, until the new version answers"] = time.perf_counter() - began
     assert stack.inspect("serving")["State"]["StartedAt"] == started
 
 
 def test_no_request_fails_while_the_model_changes(
-    request: pytest.FixtureRequest, stack: StackUnderTest, tracking: MlflowClient, two: list[Made]
+    stack: StackUnderTest, tracking: MlflowClient, two: list[Made]
 ) -> None:
     """10,000 requests of eight clients, and two changes among them: each is answered by one version or the other."""
     headers = {"Authorization": f"Bearer {stack.secret('serving_token')}", "Content-Type": "application/json"}
@@ -168,7 +170,6 @@ def test_no_request_fails_while_the_model_changes(
                     versions[answer.headers.get("x-model-version", "")] += 1
                     seconds.append(took)
 
-    began = time.perf_counter()
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(client, number) for number in range(CLIENTS)]
         for part, made in ((REQUESTS // 4, two[1]), (REQUESTS * 5 // 8, two[0])):
@@ -176,30 +177,28 @@ def test_no_request_fails_while_the_model_changes(
             made.promote(tracking)
         for one in clients:
             one.result()
-    rate = REQUESTS / (time.perf_counter() - began)
-    ordered = sorted(seconds)
-    p50, p99 = (1000 * ordered[int(share * len(ordered))] for share in (0.5, 0.99))
-    say = request.config.get_terminal_writer().line
-    say(f"\nserving: {rate:.0f} requests/s of {CLIENTS} clients: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+    p99 = sorted(seconds)[int(0.99 * len(seconds))]
+    stack.timings[f"a prediction, {CLIENTS} clients without a pause and two swaps, p99"] = p99
     assert statuses == {200: REQUESTS}
     assert set(versions) == {made.version for made in two}, versions
-    assert p99 < SLOWEST_MS
+    assert p99 < SLOWEST_S
     wait_until(lambda: ready(stack).get("version") == two[0].version, FOLLOWS_S, "the first version again")
 
 
 @pytest.mark.usefixtures("two")
-def test_fifty_a_second(request: pytest.FixtureRequest, http: httpx.Client) -> None:
-    """The load that it is made for; the figure is told, with a bound that only a defect exceeds."""
+def test_fifty_a_second(stack: StackUnderTest, http: httpx.Client) -> None:
+    """The load that it is made for, from the moment when a request is due; the figure is told, with a bound that only
+    a defect exceeds."""
     seconds = []
     begin = time.perf_counter()
     for number in range(500):
-        time.sleep(max(0.0, begin + number / 50 - time.perf_counter()))
-        began = time.perf_counter()
+        due = begin + number / 50
+        time.sleep(max(0.0, due - time.perf_counter()))
         assert ask(http, ROW).status_code == 200
-        seconds.append(time.perf_counter() - began)
-    p99 = 1000 * sorted(seconds)[int(0.99 * len(seconds))]
-    request.config.get_terminal_writer().line(f"\nserving: 50 requests/s of one client: p99 {p99:.1f} ms")
-    assert p99 < SLOWEST_MS
+        seconds.append(time.perf_counter() - due)
+    p99 = sorted(seconds)[int(0.99 * len(seconds))]
+    stack.timings["a prediction, 50 a second, p99"] = p99
+    assert p99 < SLOWEST_S
 
 
 @pytest.mark.parametrize(("kind", "why"), [("without a signature", "signature"), ("too large", "41.0 MiB of files")])

@@ -78,9 +78,9 @@ def usage(*projects: str) -> Usage:
                 answer = engine.get(f"/containers/{one.id}/stats", params={"stream": "false", "one-shot": "true"})
                 told: dict[str, Any] = answer.raise_for_status().json()
                 memory = told["memory_stats"].get("stats", {})
-                # cgroup v1 has them with `total_`, and the first by another name.
-                kinds = ("total_rss", "total_shmem") if "total_rss" in memory else ("anon", "shmem")
-                used = sum(int(memory[kind]) for kind in kinds)
+                # As the kernel lists them, shared memory among them; with cgroup v1 the sums have names of their own.
+                total = "total_" if "total_active_anon" in memory else ""
+                used = sum(int(memory[f"{total}{kind}_anon"]) for kind in ("active", "inactive"))
                 name = one.service if project == projects[0] else f"{project}/{one.service}"
                 found[name] = (told["cpu_stats"]["cpu_usage"]["total_usage"] / 1e9, used)
     return Usage(sum(cpu for cpu, _ in found.values()), sum(memory for _, memory in found.values()), found)

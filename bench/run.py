@@ -307,6 +307,8 @@ class Bench:
         found = dict(self.measured)
         for name in WHOLE_STACK & set(found):
             alone, extra = found[name], self._peer_mlflow_idle
+            if not alone.peer:
+                continue
             if len(alone.peer) != len(extra):
                 problem = f"the peer's MLflow failed: measured in {len(extra)} rounds of {len(alone.peer)}"
                 found[name] = replace(alone, problems=[*alone.problems, problem])

@@ -19,7 +19,7 @@ from pathlib import Path
 from stack.console import Step, say
 from stack.errors import Exit, StackError
 from stack.host import MIB, Host
-from stack.process import Result, capture, stream
+from stack.process import OUT_OF_TIME, Result, capture, stream
 
 MIN_ENGINE = (25, 0)
 """health checks' `start_interval` came with Engine 25."""
@@ -38,8 +38,6 @@ PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
 
 _APT = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qy", "-o", "DPkg::Lock::Timeout=300")
 _ANSWER_S = 15
-_NO_ANSWER = 124
-"""`capture`'s code of a command that ran out of time."""
 _LOG = Path("/var/log/stack-dockerd.log")
 _START_PATIENCE_S = 90
 
@@ -75,7 +73,7 @@ def _ask(*words: str) -> Result:
 def _ask_plugin(name: str, *words: str) -> Result:
     """A plugin's answer. Raises StackError (E-ENGINE, exit 4) where none comes: a slow one is not a missing one."""
     answer = _ask(name, "version", *words)
-    if answer.code == _NO_ANSWER:
+    if answer.code == OUT_OF_TIME:
         raise StackError(
             "E-ENGINE",
             f"`docker {name} version` did not answer",
@@ -100,7 +98,7 @@ def missing() -> list[str]:
 
     Raises StackError (E-ENGINE, exit 4) where a plugin is there and does not answer in time.
     """
-    lacking = ["engine"] if _dockerd() is None and _ask_engine() not in (0, _NO_ANSWER) else []
+    lacking = ["engine"] if _dockerd() is None and _ask_engine() not in (0, OUT_OF_TIME) else []
     if shutil.which("docker") is None:
         return [*lacking, "cli", "compose", "buildx"]
     return lacking + [name for name in ("compose", "buildx") if _ask_plugin(name).code != 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from stack.console import Step, say
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance, write
 from stack.plan import Plan
-from stack.process import Child, capture
+from stack.process import OUT_OF_TIME, Child, capture
 
 UP_PATIENCE_S = 420
 """A start from empty volumes took 40 s on 2 cores; a slow disk may need ten times that."""
@@ -138,11 +138,16 @@ def up(instance: Instance, *, restart: bool = False) -> Prepared:
 
 def is_current(stack: Compose) -> bool:
     """Whether every service runs as configured and is healthy, and every job has ended well."""
-    wanted = stack.hashes()
-    running = {container.service: container for container in stack.containers()}
-    return wanted.keys() == running.keys() and all(
-        container.good and container.config_hash == wanted[service] for service, container in running.items()
-    )
+    wanted, now = stack.hashes(), stack.containers()
+    return wanted.keys() == {container.service for container in now} == _ready(now, wanted)
+
+
+def _ready(now: Iterable[Container], wanted: Mapping[str, str]) -> set[str]:
+    """The services that run as configured and are healthy, or are jobs that ended well; `wanted` has their hashes.
+
+    One that is about to be replaced is not ready.
+    """
+    return {one.service for one in now if one.good and one.config_hash == wanted.get(one.service)}
 
 
 def start(stack: Compose) -> None:
@@ -165,9 +170,7 @@ def start(stack: Compose) -> None:
             while True:
                 ended = child.poll()
                 now = {container.service: container for container in stack.containers()}
-                # One that is about to be replaced is not ready.
-                ready = {name for name, one in now.items() if one.good and one.config_hash == hashes.get(name)}
-                waiting = sorted(wanted - ready)
+                waiting = sorted(wanted - _ready(now.values(), hashes))
                 left = f"; waiting for {', '.join(waiting)}" if waiting else ""
                 progress.update(f"{len(wanted) - len(waiting)} of {len(wanted)} ready{left}")
                 if ended == 0 and not waiting:
@@ -236,7 +239,7 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
                 left = [container.service for container in stack.containers()]
                 progress.update(f"waiting for {', '.join(left)}")
                 if time.monotonic() > deadline:
-                    code = 124
+                    code = OUT_OF_TIME
                     break
                 time.sleep(0.3)
         finally:

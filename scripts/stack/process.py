@@ -19,6 +19,9 @@ from typing import IO
 
 from stack.errors import Exit, StackError
 
+OUT_OF_TIME = 124
+"""The code of a command that `capture` gave up, as timeout(1) has it."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -64,7 +67,7 @@ def capture(
     except subprocess.TimeoutExpired:
         if check:
             raise _failure(words, f"no answer within {timeout:g} s", "", Exit.TIMED_OUT) from None
-        return Result(124, "", f"no answer within {timeout:g} s")
+        return Result(OUT_OF_TIME, "", f"no answer within {timeout:g} s")
     if check and done.returncode != 0:
         raise _failure(words, f"it exited {done.returncode}", done.stderr or done.stdout)
     return Result(done.returncode, done.stdout, done.stderr)

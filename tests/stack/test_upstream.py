@@ -16,6 +16,15 @@ import pytest
 from tests.support import StackUnderTest
 
 SCHEDULER = "airflow-scheduler"
+# A task's log as Airflow sets it up and taskguard bounds it, into a buffer.
+BOUND = """
+import io, logging, structlog
+from airflow.sdk.log import configure_logging
+from taskguard import output
+buffer = io.BytesIO()
+configure_logging(json_output=True, output=buffer, sending_to_supervisor=True)
+output.bound()
+"""
 
 
 def in_airflow(stack: StackUnderTest, code: str, service: str = "airflow-worker") -> None:
@@ -96,13 +105,7 @@ def test_a_log_is_metered_as_it_is_written(stack: StackUnderTest, write: str) ->
     in the file would end the task."""
     in_airflow(
         stack,
-        "import io, logging, structlog\n"
-        "from airflow.sdk.log import configure_logging\n"
-        "from taskguard import output\n"
-        "buffer = io.BytesIO()\n"
-        "configure_logging(json_output=True, output=buffer, sending_to_supervisor=True)\n"
-        "output.bound()\n"
-        "for _ in range(14_000):\n"
+        BOUND + "for _ in range(14_000):\n"
         f"    {write}\n"
         "most = output.LONGEST_LOG * (1.5 if b'failed' in buffer.getvalue() else 1)\n"
         "assert 0.99 * most < len(buffer.getvalue()) <= most\n",
@@ -113,13 +116,7 @@ def test_an_error_is_kept_after_all_that_was_dropped(stack: StackUnderTest) -> N
     """It comes last and matters most; what was dropped takes no room from it."""
     in_airflow(
         stack,
-        "import io, logging\n"
-        "from airflow.sdk.log import configure_logging\n"
-        "from taskguard import output\n"
-        "buffer = io.BytesIO()\n"
-        "configure_logging(json_output=True, output=buffer, sending_to_supervisor=True)\n"
-        "output.bound()\n"
-        "for _ in range(14_000):\n"
+        BOUND + "for _ in range(14_000):\n"
         "    logging.getLogger('a').info('x' * 1000)\n"
         "logging.getLogger('a').error('the last words')\n"
         "assert b'the last words' in buffer.getvalue()\n",
@@ -130,13 +127,7 @@ def test_a_long_exception_is_cut(stack: StackUnderTest) -> None:
     """In a record of `logging` too: its traceback is a list in the event."""
     in_airflow(
         stack,
-        "import io, logging\n"
-        "from airflow.sdk.log import configure_logging\n"
-        "from taskguard import output\n"
-        "buffer = io.BytesIO()\n"
-        "configure_logging(json_output=True, output=buffer, sending_to_supervisor=True)\n"
-        "output.bound()\n"
-        "logging.getLogger('a').error('failed', exc_info=ValueError('x' * 10**6))\n"
+        BOUND + "logging.getLogger('a').error('failed', exc_info=ValueError('x' * 10**6))\n"
         "written = buffer.getvalue()\n"
         "assert b'cut here' in written and len(written) < 2 * output.LONGEST_LINE, written[:300]\n",
     )

@@ -21,6 +21,9 @@ MIB = 2**20
 MIN_TASK_MIB = 64
 """A task that imports nothing took 8 to 25 MiB."""
 SIZING_FILE = ROOT / "config" / "sizing.yaml"
+MOST_SHARED_BUFFERS = 128
+"""MiB of buffers that Postgres keeps for itself, its own default; a quarter of its memory below that, its own advice.
+More of them was no faster here (docs/performance.md), and is never given back, which the page cache is."""
 
 
 class _Model(BaseModel):
@@ -129,8 +132,7 @@ class Plan(_Model):
             "AIRFLOW_PARALLELISM": str(self.parallelism),
             "APISERVER_WORKERS": str(self.apiserver_workers),
             "MLFLOW_WORKERS": str(self.mlflow_workers),
-            # A quarter for shared buffers is Postgres's own advice; the rest caches files and sorts.
-            "POSTGRES_SHARED_BUFFERS": f"{postgres // 4}MB",
+            "POSTGRES_SHARED_BUFFERS": f"{min(postgres // 4, MOST_SHARED_BUFFERS)}MB",
             "POSTGRES_EFFECTIVE_CACHE": f"{postgres * 3 // 4}MB",
             "POSTGRES_SHM": f"{max(64, postgres // 4)}m",
             "POSTGRES_MAX_CONNECTIONS": str(self.postgres_connections),

@@ -106,7 +106,8 @@ def test_every_limit_reaches_compose(memory: int, cpus: float) -> None:
     for name, limit in made.limits.items():
         assert values[f"{name.upper()}_MEMORY"] == f"{limit.limit}m"
         assert values[f"{name.upper()}_RESERVATION"] == f"{limit.reservation}m"
-    assert int(values["POSTGRES_SHARED_BUFFERS"].removesuffix("MB")) < made.limits["postgres"].limit / 2
+    buffers = int(values["POSTGRES_SHARED_BUFFERS"].removesuffix("MB"))
+    assert 64 <= buffers <= min(128, made.limits["postgres"].limit / 4)
     assert int(values["REDIS_MAXMEMORY"].removesuffix("mb")) < made.limits["redis"].limit
     assert int(values["MINIO_GOMEMLIMIT"].removesuffix("MiB")) < made.limits["minio"].limit
 

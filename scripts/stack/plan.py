@@ -23,7 +23,7 @@ MIN_TASK_MIB = 64
 SIZING_FILE = ROOT / "config" / "sizing.yaml"
 MOST_SHARED_BUFFERS = 128
 """MiB of buffers that Postgres keeps for itself, its own default; a quarter of its memory below that, its own advice.
-More of them was no faster here (docs/performance.md), and is never given back, which the page cache is."""
+They are never given back, which the page cache is; what that costs and gives: docs/performance.md."""
 
 
 class _Model(BaseModel):

@@ -127,8 +127,8 @@ def test_an_interrupted_stop_stops_compose_too(
         [sys.executable, ROOT / "scripts/down.py", *words],
         stderr=subprocess.PIPE,
         text=True,
-        # Ctrl-C is ignored in what a script started with `&`.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Ctrl-C is ignored in what a script started with `&`, a closed terminal in what `nohup` did.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     wait_until(pid_file.exists, 20, "Compose's start")
     child.send_signal(number)

@@ -19,7 +19,7 @@ down: venv ## Stop everything; data is kept
 restart: venv ## Check and build, then stop and start again; data is kept
 	@$(PYTHON) scripts/up.py --restart
 clean: venv ## DANGER: stop and delete all data and secrets (asks; unattended: YES=1)
-	@$(PYTHON) scripts/down.py --volumes $(if $(filter 1,$(YES)),--yes)
+	@$(PYTHON) scripts/down.py --volumes --yes "$(YES)"
 
 ##@ Look
 status: venv ## Health, memory and CPU of each service

@@ -1,8 +1,8 @@
 """make down / make clean: stops the stack; `--volumes` deletes its data as well.
 
-Deleting asks at a terminal; without one it needs --yes (make clean YES=1). Changes only what
-carries this stack's label, and nothing where another directory's stack has it. Exit: 0 done,
-1 failed, 2 usage, 3 refused and nothing changed.
+Deleting asks at a terminal; without one it needs --yes 1 (make clean YES=1), or the stack's name where it was not
+started from this directory. Changes only what carries this stack's label, and nothing where another directory's
+stack has it. Exit: 0 done, 1 failed, 2 usage, 3 refused and nothing changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     """Stops the instance."""
     parser = argparse.ArgumentParser(prog="make down", description=__doc__)
     parser.add_argument("--volumes", action="store_true", help="delete the data and the secrets, too")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", default="", metavar="1|NAME", help="do not ask")
     arguments = parser.parse_args(argv)
     here = instance.current()
     if not arguments.volumes:
@@ -38,8 +38,11 @@ def main(argv: Sequence[str]) -> int:
             fix="correct STACK_DIR; for a stack whose directory is lost, write its STACK_NAME into a stack.env there",
         )
     compose.check_owner(here, project)
-    if not arguments.yes:
-        confirm(project, compose.volumes(project))
+    volumes = compose.volumes(project)
+    # Without a .env these are the volumes of another clone that is stopped, as likely as of a directory that is lost.
+    foreign = bool(volumes) and not values
+    if arguments.yes != project and (foreign or arguments.yes != "1"):
+        confirm(project, volumes, foreign=foreign)
     try:
         if values and compose.in_place(here, values):
             lifecycle.down(here, volumes=True)
@@ -55,9 +58,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def confirm(project: str, volumes: list[str]) -> None:
+def confirm(project: str, volumes: list[str], *, foreign: bool) -> None:
     """Returns when the operator types the stack's name. Raises StackError (E-CONFIRM) otherwise."""
     say(f"This deletes all data of {project}: {', '.join(volumes) or '(no volumes)'}, and secrets/.")
+    if foreign:
+        say("It was not started from here: another clone may have it.")
     answer = ""
     if sys.stdin.isatty():
         say(f"Type {project} to go on:")
@@ -66,8 +71,13 @@ def confirm(project: str, volumes: list[str]) -> None:
         raise StackError(
             "E-CONFIRM",
             "not confirmed",
-            why="deleting data needs a person at a terminal, or YES=1",
-            fix="make clean YES=1",
+            why=f"the volumes of {project} were not made from this directory, and may be another clone's"
+            if foreign
+            else "deleting data needs a person at a terminal, or YES=1",
+            fix=f"make clean YES={project}\n"
+            "Where another clone has this name, give this one a STACK_NAME of its own in stack.env."
+            if foreign
+            else "make clean YES=1",
         )
 
 

@@ -233,8 +233,8 @@ def test_clean_deletes_nothing_by_a_name_alone(instance: Path) -> None:
     words += ["--label", "stack.config=x", image]
     container = run(*words).output.strip()
 
-    def clean() -> Run:
-        words = ["make", "--no-print-directory", "clean", "YES=1"]
+    def clean(yes: str) -> Run:
+        words = ["make", "--no-print-directory", "clean", f"YES={yes}"]
         environment = {**os.environ, "STACK_DIR": str(instance)}
         done = subprocess.run(
             words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
@@ -242,12 +242,12 @@ def test_clean_deletes_nothing_by_a_name_alone(instance: Path) -> None:
         return Run(done.returncode, done.stdout + done.stderr, 0)
 
     try:
-        assert_refused(clean(), instance, "E-NOT-YOURS", "has no stack")
+        assert_refused(clean(PROJECT), instance, "E-NOT-YOURS", "has no stack")
         (instance / "stack.env").write_text(f"STACK_NAME={PROJECT}\n")
-        assert_refused(clean(), instance, "E-NOT-YOURS", f"belong to {other}")
+        assert_refused(clean(PROJECT), instance, "E-NOT-YOURS", f"belong to {other}")
         assert compose.volumes(PROJECT) == [volume]
         (other / ".env").unlink()
-        assert clean().code == 0, "the directory is lost, and this one has its name"
+        assert clean(PROJECT).code == 0, "the directory is lost, and this one has its name"
         assert compose.volumes(PROJECT) == []
     finally:
         run("docker", "rm", "--force", container)
@@ -255,20 +255,26 @@ def test_clean_deletes_nothing_by_a_name_alone(instance: Path) -> None:
 
 
 def test_clean_is_the_way_out_when_a_stacks_directory_is_lost(instance: Path) -> None:
-    """A volume without .env and secrets: `make up` refuses, `make clean` removes, `make init` goes on."""
+    """A volume without .env and secrets, as another clone that is stopped has it, too: `make up` refuses, `make clean`
+    removes it when told its stack's name, `make init` goes on."""
     volume = f"{PROJECT}_postgres"
     run("docker", "volume", "create", "--label", f"com.docker.compose.project={PROJECT}", volume)
     try:
         assert "error[E-SECRET-LOST]" in init(instance, *FREE).output
-        cleaned = subprocess.run(
-            ["make", "--no-print-directory", "clean", "YES=1"],
-            cwd=ROOT,
-            env={**os.environ, "STACK_DIR": str(instance)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        for yes in ("1", PROJECT):
+            cleaned = subprocess.run(
+                ["make", "--no-print-directory", "clean", f"YES={yes}"],
+                cwd=ROOT,
+                env={**os.environ, "STACK_DIR": str(instance)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if yes == "1":
+                assert "error[E-CONFIRM]" in cleaned.stderr, cleaned.stderr
+                assert f"make clean YES={PROJECT}" in cleaned.stderr
+                assert compose.volumes(PROJECT) == [volume]
         assert cleaned.returncode == 0, cleaned.stderr
         assert compose.volumes(PROJECT) == []
     finally:

@@ -116,7 +116,7 @@ def test_the_shell_does_not_choose_the_stack(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
-@pytest.mark.parametrize(("words", "told"), [([], "nothing is lost"), (["--volumes", "--yes"], "may be deleted")])
+@pytest.mark.parametrize(("words", "told"), [([], "nothing is lost"), (["--volumes", "--yes", "1"], "may be deleted")])
 def test_an_interrupted_stop_stops_compose_too(
     docker: Docker, prepared: Instance, number: signal.Signals, words: list[str], told: str
 ) -> None:
@@ -201,7 +201,7 @@ def refused(docker: Docker, code: str, *words: str) -> StackError:
     return error.value
 
 
-@pytest.mark.parametrize("words", [[], ["--volumes", "--yes"]], ids=["down", "clean"])
+@pytest.mark.parametrize("words", [[], ["--volumes", "--yes", "1"]], ids=["down", "clean"])
 def test_a_copy_does_not_stop_the_original(docker: Docker, prepared: Instance, words: list[str]) -> None:
     """`cp -a`, then `make clean` in the copy: refused, whether or not the original runs; the error says the way out."""
     copy = prepared.directory.with_name("copy")
@@ -241,11 +241,11 @@ def test_another_compose_project_of_the_same_name_is_none_of_ours(
     docker: Docker, prepared: Instance, labels: dict[str, str]
 ) -> None:
     docker.has(container("web", ours=False, **labels))
-    for words in ([], ["--volumes", "--yes"]):
+    for words in ([], ["--volumes", "--yes", "1"]):
         assert "ours-web-1" in refused(docker, "E-NOT-YOURS", *words).why
     prepared.env_file.unlink()
     prepared.settings_file.write_text("STACK_NAME=ours\n")
-    refused(docker, "E-NOT-YOURS", "--volumes", "--yes")
+    refused(docker, "E-NOT-YOURS", "--volumes", "--yes", "1")
 
 
 def test_a_renamed_directory_keeps_its_stack(docker: Docker, prepared: Instance) -> None:
@@ -274,7 +274,7 @@ def test_clean_needs_no_plan_that_fits(docker: Docker, prepared: Instance, damag
         prepared.env_file.write_text("STACK_NAME='ours'\n")
         refused(docker, "E-NO-INIT")
     here.settings_file.write_text("STACK_NAME=ours\n")
-    assert down.main(["--volumes", "--yes"]) == 0
+    assert down.main(["--volumes", "--yes", "1"]) == 0
     assert "rm --force redis" in docker.calls
     assert not here.env_file.exists()
 
@@ -292,7 +292,7 @@ def test_a_directory_that_may_not_be_looked_into_is_not_lost(docker: Docker, mon
         return real(path, **options)
 
     monkeypatch.setattr(Path, "stat", stat)
-    refused(docker, "E-NOT-YOURS", "--volumes", "--yes")
+    refused(docker, "E-NOT-YOURS", "--volumes", "--yes", "1")
 
 
 def test_what_compose_made_by_hand_in_the_clone_is_the_clones(docker: Docker) -> None:

@@ -258,13 +258,20 @@ def test_the_api_for_tasks_makes_its_routes_at_the_first_request(stack: StackUnd
     in_airflow(
         stack,
         "import inspect\n"
-        "from cadwyn import Cadwyn\n"
         "from airflow.api_fastapi.execution_api import app as execution\n"
         "text = inspect.getsource(execution.create_task_execution_api_app)\n"
         "assert text.count('app.generate_and_include_versioned_routers(') == 1\n"
-        "assert not execution.create_task_execution_api_app()._cadwyn_initialized\n"
+        "plain = execution.create_task_execution_api_app()\n"
+        "assert not plain._cadwyn_initialized\n"
+        "plain._cadwyn_initialize()\n"
         "from wakeup import apiserver\n"
-        "assert execution.create_task_execution_api_app()._cadwyn_initialized\n",
+        "ours = execution.create_task_execution_api_app()\n"
+        "assert ours._cadwyn_initialized\n"
+        "made = ours.router.versioned_routers\n"
+        "assert sorted(made.due) == sorted(made)[:-1], made.due\n"
+        "for version, router in plain.router.versioned_routers.items():\n"
+        "    assert router.routes, version\n"
+        "    assert [one.path for one in made[version].routes] == [one.path for one in router.routes], version\n",
         "airflow-apiserver",
     )
 

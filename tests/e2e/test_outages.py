@@ -60,10 +60,10 @@ def versions(tracking: MlflowClient, run_id: str) -> list[Any]:
 @pytest.mark.parametrize(
     ("service", "task_id", "states"),
     [
-        ("mlflow", "train", {"running"}),
         ("mlflow", "choose", {"success"}),
-        ("mlflow", "promote", {"success"}),
         ("minio", "train", {"running"}),
+        pytest.param("mlflow", "train", {"running"}, marks=pytest.mark.long),
+        pytest.param("mlflow", "promote", {"success"}, marks=pytest.mark.long),
         pytest.param("mlflow", "register", {"success"}, marks=pytest.mark.long),
         pytest.param("minio", "evaluate", {"running"}, marks=pytest.mark.long),
         pytest.param("minio", "promote", {"success"}, marks=pytest.mark.long),

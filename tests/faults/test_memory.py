@@ -328,6 +328,7 @@ LEAVES = "it gives its slot back, keeps its place, and comes again"
 WAITS = "Waiting for memory: this task needs"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unharmed")
 def test_the_first_of_the_queue_stays(play: Callable[..., Outcome], airflow: Airflow) -> None:
     """However long it takes, or small ones would get in instead for ever; its log says again why."""

@@ -72,7 +72,7 @@ lock: venv ## Resolve the requirements again and write the lock files
 	@$(PYTHON) scripts/lock.py
 
 ##@ Prove
-verify: test-venv ## Check the running stack, read-only, in about two minutes
+verify: test-venv ## Check the running stack, read-only, in two to four minutes
 	@$(PYTHON) -m pytest tests/stack --running -q
 test: test-venv ## Everything: static, unit, and a throwaway stack beside the running one
 	@$(PYTHON) scripts/build.py && $(PYTHON) -m pytest

@@ -41,6 +41,7 @@ def make_routes_at_once() -> None:
         include(application, *routers)
         made = application.router.versioned_routers = Routers(application.router.versioned_routers)
         application._cadwyn_initialize()
+        # The newest, at once.
         made[max(made)]
 
     def add_when_asked_for(application: Any, *routers: Any, version: str) -> list[Any]:

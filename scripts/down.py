@@ -61,24 +61,20 @@ def main(argv: Sequence[str]) -> int:
 def confirm(project: str, volumes: list[str], *, foreign: bool) -> None:
     """Returns when the operator types the stack's name. Raises StackError (E-CONFIRM) otherwise."""
     say(f"This deletes all data of {project}: {', '.join(volumes) or '(no volumes)'}, and secrets/.")
+    why, fix = "deleting data needs a person at a terminal, or YES=1", "make clean YES=1"
     if foreign:
         say("It was not started from here: another clone may have it.")
+        why = f"the volumes of {project} were not made from this directory, and may be another clone's"
+        fix = (
+            f"make clean YES={project}\n"
+            "Where another clone has this name, give this one a STACK_NAME of its own in stack.env."
+        )
     answer = ""
     if sys.stdin.isatty():
         say(f"Type {project} to go on:")
         answer = sys.stdin.readline().strip()
     if answer != project:
-        raise StackError(
-            "E-CONFIRM",
-            "not confirmed",
-            why=f"the volumes of {project} were not made from this directory, and may be another clone's"
-            if foreign
-            else "deleting data needs a person at a terminal, or YES=1",
-            fix=f"make clean YES={project}\n"
-            "Where another clone has this name, give this one a STACK_NAME of its own in stack.env."
-            if foreign
-            else "make clean YES=1",
-        )
+        raise StackError("E-CONFIRM", "not confirmed", why=why, fix=fix)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,10 @@ def instance(tmp_path: Path) -> Path:
     return directory
 
 
-def init(instance: Path, *lines: str, env: dict[str, str] | None = None) -> Run:
-    """`make init` for an instance with these lines in its stack.env, without a terminal."""
-    (instance / "stack.env").write_text("\n".join([f"STACK_NAME={PROJECT}", *lines]) + "\n")
+def make(instance: Path, *words: str, env: dict[str, str] | None = None) -> Run:
+    """`make` for an instance, without a terminal."""
     done = subprocess.run(
-        ["make", "--no-print-directory", "init"],
+        ["make", "--no-print-directory", *words],
         cwd=ROOT,
         env={**os.environ, "STACK_DIR": str(instance), **(env or {})},
         stdin=subprocess.DEVNULL,
@@ -39,6 +38,12 @@ def init(instance: Path, *lines: str, env: dict[str, str] | None = None) -> Run:
         check=False,
     )
     return Run(done.returncode, done.stdout + done.stderr, 0)
+
+
+def init(instance: Path, *lines: str, env: dict[str, str] | None = None) -> Run:
+    """`make init` with these lines in the instance's stack.env."""
+    (instance / "stack.env").write_text("\n".join([f"STACK_NAME={PROJECT}", *lines]) + "\n")
+    return make(instance, "init", env=env)
 
 
 def assert_refused(said: Run, instance: Path, code: str, *texts: str) -> None:
@@ -164,23 +169,11 @@ def test_a_repository_for_dags_that_cannot_be(instance: Path) -> None:
 def test_clean_without_a_terminal_needs_yes(instance: Path) -> None:
     """Deleting data is never done by accident: nothing goes without a person or YES=1."""
     assert init(instance, *FREE).code == 0
-    environment = {**os.environ, "STACK_DIR": str(instance)}
-    words = ["make", "--no-print-directory", "clean"]
-    refused = subprocess.run(
-        words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    assert "error[E-CONFIRM]" in refused.stderr, refused.stderr
+    refused = make(instance, "clean")
+    assert "error[E-CONFIRM]" in refused.output, refused.output
     assert (instance / "secrets" / "fernet_key").exists()
-    allowed = subprocess.run(
-        [*words, "YES=1"],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert allowed.returncode == 0, allowed.stderr
+    allowed = make(instance, "clean", "YES=1")
+    assert allowed.code == 0, allowed.output
     assert not (instance / "secrets").exists()
 
 
@@ -233,21 +226,13 @@ def test_clean_deletes_nothing_by_a_name_alone(instance: Path) -> None:
     words += ["--label", "stack.config=x", image]
     container = run(*words).output.strip()
 
-    def clean(yes: str) -> Run:
-        words = ["make", "--no-print-directory", "clean", f"YES={yes}"]
-        environment = {**os.environ, "STACK_DIR": str(instance)}
-        done = subprocess.run(
-            words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        return Run(done.returncode, done.stdout + done.stderr, 0)
-
     try:
-        assert_refused(clean(PROJECT), instance, "E-NOT-YOURS", "has no stack")
+        assert_refused(make(instance, "clean", f"YES={PROJECT}"), instance, "E-NOT-YOURS", "has no stack")
         (instance / "stack.env").write_text(f"STACK_NAME={PROJECT}\n")
-        assert_refused(clean(PROJECT), instance, "E-NOT-YOURS", f"belong to {other}")
+        assert_refused(make(instance, "clean", f"YES={PROJECT}"), instance, "E-NOT-YOURS", f"belong to {other}")
         assert compose.volumes(PROJECT) == [volume]
         (other / ".env").unlink()
-        assert clean(PROJECT).code == 0, "the directory is lost, and this one has its name"
+        assert make(instance, "clean", f"YES={PROJECT}").code == 0, "the directory is lost, and this one has its name"
         assert compose.volumes(PROJECT) == []
     finally:
         run("docker", "rm", "--force", container)
@@ -261,21 +246,12 @@ def test_clean_is_the_way_out_when_a_stacks_directory_is_lost(instance: Path) ->
     run("docker", "volume", "create", "--label", f"com.docker.compose.project={PROJECT}", volume)
     try:
         assert "error[E-SECRET-LOST]" in init(instance, *FREE).output
-        for yes in ("1", PROJECT):
-            cleaned = subprocess.run(
-                ["make", "--no-print-directory", "clean", f"YES={yes}"],
-                cwd=ROOT,
-                env={**os.environ, "STACK_DIR": str(instance)},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if yes == "1":
-                assert "error[E-CONFIRM]" in cleaned.stderr, cleaned.stderr
-                assert f"make clean YES={PROJECT}" in cleaned.stderr
-                assert compose.volumes(PROJECT) == [volume]
-        assert cleaned.returncode == 0, cleaned.stderr
+        refused = make(instance, "clean", "YES=1")
+        assert "error[E-CONFIRM]" in refused.output, refused.output
+        assert f"make clean YES={PROJECT}" in refused.output
+        assert compose.volumes(PROJECT) == [volume]
+        cleaned = make(instance, "clean", f"YES={PROJECT}")
+        assert cleaned.code == 0, cleaned.output
         assert compose.volumes(PROJECT) == []
     finally:
         run("docker", "volume", "rm", "--force", volume)

@@ -268,7 +268,8 @@ class Bench:
         few = 20 if self.quick else 400
         for side, server in in_turn(list(servers.items()), number):
             calls = {
-                "create_run": partial(server.create_run, few),
+                # A run takes some milliseconds: fewer would be over before the machine has found its pace.
+                "create_run": partial(server.create_run, 4 * few),
                 "log_batch": partial(server.log_batch, few),
                 "search": partial(server.search, few // 2),
             }

@@ -235,14 +235,24 @@ def quiet() -> Iterator[None]:
 
 def log_model(model: Any, example: pd.DataFrame) -> str:
     """Logs a fitted model to the active MLflow run, in its library's own format; its address."""
+    from importlib.metadata import version
+
     import mlflow
     from mlflow.models import infer_signature
 
-    words = {"name": "model", "signature": infer_signature(example, model.predict(example)), "input_example": example}
+    boosted = type(model).__name__.startswith("XGB")
+    # Left to find out what a model needs, MLflow loads it once more in a process of its own: half of this task's time.
+    needed = ["pandas", "scikit-learn", "xgboost-cpu" if boosted else "skops"]
+    words = {
+        "name": "model",
+        "signature": infer_signature(example, model.predict(example)),
+        "input_example": example,
+        "pip_requirements": [f"{name}=={version(name)}" for name in needed],
+    }
     # The model file may hold these types besides plain data; loading it runs no other code.
     trusted = ["sklearn.neural_network._stochastic_optimizers.AdamOptimizer"]
     with quiet():
-        if type(model).__name__.startswith("XGB"):
+        if boosted:
             return str(mlflow.xgboost.log_model(model, model_format="ubj", **words).model_uri)
         return str(mlflow.sklearn.log_model(model, skops_trusted_types=trusted, **words).model_uri)
 

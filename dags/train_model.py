@@ -11,7 +11,8 @@ when `drift_watch` says that the data has changed.
 - **Your own data**: `make upload FILE=mine.csv` puts a CSV or Parquet file into the bucket `pipelines`; name its key as
   `source`. For the runs that nobody starts, too, name it in the Airflow variable `train_model_source`.
 - **Approval**: open the task `approve` of the run (or *Required actions* on Airflow's home page). Nobody
-  answers in time: the run fails there, and nothing is deployed. `approval: automatic` asks nobody.
+  answers in time: the run fails there, and nothing is deployed; cleared with what is behind it, `approve` asks again,
+  and nothing is trained again. `approval: automatic` asks nobody.
 - **From here to MLflow and back**: each run's link is in the log and the XCom of `train`, the promoted one's in the
   event of the asset `deployed`; in MLflow a run's description links to the Airflow run.
 - **MLflow or the object store is away for a while**: a task waits for MLflow, or is tried again. A run of MLflow whose

@@ -4,15 +4,16 @@
         -> choose -> register -> approve -> promote -> smoke_test -> announce
                                                                   -> restore (only where the smoke test fails)
 
-Copy it for your own work: replace `load_source`, `EXPECTED`, `CANDIDATES` and the thresholds. Heavy
-libraries are imported inside the tasks, so that reading this file stays quick. It runs once a week, and
-when `drift_watch` says that the data has changed.
+Copy it for your own work: replace `load_source`, `EXPECTED`, `CANDIDATES` with what they need (`NEEDED`), and
+the thresholds. Heavy libraries are imported inside the tasks, so that reading this file stays quick. It runs
+once a week, and when `drift_watch` says that the data has changed.
 
 - **Your own data**: `make upload FILE=mine.csv` puts a CSV or Parquet file into the bucket `pipelines`; name its key as
   `source`. For the runs that nobody starts, too, name it in the Airflow variable `train_model_source`.
 - **Approval**: open the task `approve` of the run (or *Required actions* on Airflow's home page). Nobody
   answers in time: the run fails there, and nothing is deployed; cleared with what is behind it, `approve` asks again,
-  and nothing is trained again. `approval: automatic` asks nobody.
+  and nothing is trained again. `approval: automatic` asks nobody. Where another version has become champion meanwhile,
+  `promote` fails: clear `choose`, which compares with that one.
 - **From here to MLflow and back**: each run's link is in the log and the XCom of `train`, the promoted one's in the
   event of the asset `deployed`; in MLflow a run's description links to the Airflow run.
 - **MLflow or the object store is away for a while**: a task waits for MLflow, or is tried again. A run of MLflow whose
@@ -84,6 +85,12 @@ CANDIDATES: list[dict[str, Any]] = [
     {"name": "xgboost", "n_estimators": 120, "max_depth": 3, "learning_rate": 0.1},
     {"name": "neural-network", "hidden_layer_sizes": 32, "learning_rate_init": 0.01, "max_iter": 200},
 ]
+NEEDED = {
+    "sklearn": ("pandas", "scikit-learn", "skops"),
+    "xgboost": ("pandas", "scikit-learn", "xgboost-cpu"),
+}
+"""Packages that a logged model needs, by the library that it is of. For another library's MLflow finds out: it loads
+the model once more in a process of its own, which takes as long as all else in `train`."""
 TOLERANCE = 0.002
 """How much worse than the champion, on the same rows, a challenger may be: noise of one split."""
 
@@ -241,19 +248,17 @@ def log_model(model: Any, example: pd.DataFrame) -> str:
     import mlflow
     from mlflow.models import infer_signature
 
-    boosted = type(model).__name__.startswith("XGB")
-    # Left to find out what a model needs, MLflow loads it once more in a process of its own: half of this task's time.
-    needed = ["pandas", "scikit-learn", "xgboost-cpu" if boosted else "skops"]
+    library = type(model).__module__.partition(".")[0]
     words = {
         "name": "model",
         "signature": infer_signature(example, model.predict(example)),
         "input_example": example,
-        "pip_requirements": [f"{name}=={version(name)}" for name in needed],
+        "pip_requirements": [f"{name}=={version(name)}" for name in NEEDED.get(library, ())] or None,
     }
     # The model file may hold these types besides plain data; loading it runs no other code.
     trusted = ["sklearn.neural_network._stochastic_optimizers.AdamOptimizer"]
     with quiet():
-        if boosted:
+        if library == "xgboost":
             return str(mlflow.xgboost.log_model(model, model_format="ubj", **words).model_uri)
         return str(mlflow.sklearn.log_model(model, skops_trusted_types=trusted, **words).model_uri)
 
@@ -486,7 +491,7 @@ def train_model() -> None:
             )
         except ModelValidationFailedException as error:
             raise AirflowFailException(f"{best['name']} is not good enough: {error}") from error
-        return {**best, "limit": limit}
+        return {**best, "limit": limit, "champion": champion.version if champion else None}
 
     @task
     def register(best: dict[str, Any]) -> dict[str, Any]:
@@ -523,16 +528,23 @@ def train_model() -> None:
 
     @task
     def promote(challenger: dict[str, Any]) -> dict[str, Any]:
-        """Makes the challenger the champion, and remembers whose place it took."""
+        """Makes the challenger the champion, and remembers whose place it took: of one that it was compared with."""
         import mlflow
+        from airflow.sdk.exceptions import AirflowFailException
 
         client, version = mlflow.MlflowClient(), str(challenger["version"])
         before = champion_version()
+        if before and before.version not in (version, challenger.get("champion")):
+            raise AirflowFailException(
+                f"version {before.version} has become {CHAMPION} since version {version} was compared: clear `choose` "
+                "with what is behind it"
+            )
         if before is None or before.version != version:
             # Not where it is champion already: a task that is tried again must not take the new one for the old.
             client.set_model_version_tag(MODEL_NAME, version, PREVIOUS, before.version if before else "none")
         client.set_registered_model_alias(MODEL_NAME, CHAMPION, version)
-        client.delete_registered_model_alias(MODEL_NAME, CHALLENGER)
+        if str(client.get_registered_model(MODEL_NAME).aliases.get(CHALLENGER)) == version:
+            client.delete_registered_model_alias(MODEL_NAME, CHALLENGER)
         print(f"models:/{MODEL_NAME}@{CHAMPION} is now version {version}")
         return {**challenger, "alias": CHAMPION}
 

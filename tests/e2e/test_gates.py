@@ -272,11 +272,19 @@ def test_an_approval_that_is_given(
     assert "challenger" not in tracking.get_registered_model(MODEL).aliases
 
 
-def test_an_approval_that_never_comes_and_is_refused_the_second_time(
+def ask_again(airflow: Airflow, run_id: str) -> None:
+    """Clears the approval and what is behind it, and waits until the run asks."""
+    again = {"dag_run_id": run_id, "task_ids": ["approve"], "include_downstream": True, "only_failed": False}
+    airflow.call("POST", f"/dags/{DAG_ID}/clearTaskInstances", json=again | {"dry_run": False})
+    wait_until_asked(airflow, run_id)
+
+
+def test_an_approval_that_never_comes_is_given_too_late_and_refused(
     airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]
 ) -> None:
-    """The run fails there, and says so. Cleared, it asks again, and nothing is trained again. Nothing is deployed; the
-    version stays a challenger, to be looked at."""
+    """The run fails where nobody answers, and says so. Cleared, it asks again, and nothing is trained again: given,
+    when another has become champion, it deploys nothing; refused, neither, and the version stays a challenger, to
+    be looked at."""
     before = champion()
     run_id = airflow.trigger(DAG_ID, {"approval_minutes": 1})
     assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
@@ -284,15 +292,29 @@ def test_an_approval_that_never_comes_and_is_refused_the_second_time(
     assert "nobody answered within 1 minutes: nothing is deployed" in airflow.task_log(DAG_ID, run_id, "approve")
     assert champion() == before
 
-    again = {"dag_run_id": run_id, "task_ids": ["approve"], "include_downstream": True, "only_failed": False}
-    airflow.call("POST", f"/dags/{DAG_ID}/clearTaskInstances", json=again | {"dry_run": False})
+    known = tracking.get_model_version(MODEL, before)
+    other = str(tracking.create_model_version(MODEL, known.source, known.run_id).version)
+    ask_again(airflow, run_id)
+    tracking.set_registered_model_alias(MODEL, "champion", other)
+    try:
+        answer(airflow, run_id, "Approve")
+        assert airflow.follow(DAG_ID, run_id, patience=60) == "failed"
+        assert states(airflow, run_id)["restore"] == {"skipped"}
+        assert f"version {other} has become champion since" in airflow.task_log(DAG_ID, run_id, "promote")
+        assert champion() == other
+    finally:
+        tracking.set_registered_model_alias(MODEL, "champion", before)
+        tracking.delete_model_version(MODEL, other)
+
+    ask_again(airflow, run_id)
     answer(airflow, run_id, "Reject")
     assert airflow.follow(DAG_ID, run_id, patience=60) == "success"
     found = states(airflow, run_id)
     behind = ("promote", "smoke_test", "announce", "restore")
     assert {name: found[name] for name in behind} == {name: {"skipped"} for name in behind}
-    tries = {one["task_id"]: one["try_number"] for one in airflow.task_instances(DAG_ID, run_id)}
-    assert (tries["train"], tries["approve"]) == (1, 2)
+    tries = {(one["task_id"], one["try_number"]) for one in airflow.task_instances(DAG_ID, run_id)}
+    assert {("train", 1), ("approve", 3)} <= tries
+    assert ("train", 2) not in tries
     assert champion() == before
     refused = airflow.xcom(DAG_ID, run_id, "register")["version"]
     assert tracking.get_model_version_by_alias(MODEL, "challenger").version == refused

@@ -50,9 +50,17 @@ def tries(stack: StackUnderTest, airflow: Airflow, run_id: str) -> int:
     return int(again) + len(stack.exec("airflow-worker", "grep", "-rhF", "Retrying (", logs).output.splitlines())
 
 
-def noticed(stack: StackUnderTest, airflow: Airflow, run_id: str) -> Callable[[], bool]:
-    """Whether something has been tried again since now."""
-    before = tries(stack, airflow, run_id)
+def wait_for(stack: StackUnderTest, airflow: Airflow, run_id: str, task_id: str, state: str) -> Callable[[], bool]:
+    """Waits until a task is in a state; whether something has been tried again since then. Counted before each look:
+    the outage is to follow the last one at once."""
+    there, before = begun(airflow, run_id, task_id, state), 0
+
+    def look() -> bool:
+        nonlocal before
+        before = tries(stack, airflow, run_id)
+        return there()
+
+    wait_until(look, PATIENCE_S, f"{task_id} is {state}")
     return lambda: tries(stack, airflow, run_id) > before
 
 
@@ -84,8 +92,7 @@ def test_away_for_a_while(
     same, with one whole version, and no run of MLflow is left as running."""
     run_id = airflow.trigger(DAG_ID, AUTOMATIC)
     for service, task_id, state in outages:
-        wait_until(begun(airflow, run_id, task_id, state), PATIENCE_S, f"{task_id} is {state}")
-        missed = noticed(stack, airflow, run_id)
+        missed = wait_for(stack, airflow, run_id, task_id, state)
         with away(stack, service):
             wait_until(missed, MEETS_IT_S, f"a task meets that {service} is away")
     assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "success"

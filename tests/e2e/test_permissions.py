@@ -27,6 +27,55 @@ print(json.dumps([[f(run, action) for run in sys.argv[1:] for action in ("read",
                   for f in (theirs, run_requirement)]))
 """
 
+LOGINS = """
+import json, time
+from mlflow.server import app, auth
+from mlflow.server.auth.permissions import VALID_RESOURCE_TYPES
+import mlstack_permissions
+
+store, name = auth.store, f"p{time.time_ns()}"
+store.init_db(auth.auth_config.database_uri)
+none, some = (store.create_user(f"{name}-{kind}", "a long password", kind == "admin") for kind in ("admin", "some"))
+roles = [store.create_role(f"{name}-{number}", place) for number, place in enumerate(("default", "default", "other"))]
+store.grant_user_resource_permission(some.username, "experiment", "7", "MANAGE")
+store.grant_user_resource_permission(some.username, "registered_model", "m", "EDIT")
+for role, kind, pattern, permission in (
+    (roles[0], "experiment", "7", "READ"), (roles[0], "run", "*", "DENY"), (roles[1], "experiment", "*", "EDIT"),
+    (roles[1], "workspace", "*", "USE"),
+    (roles[2], "experiment", "8", "MANAGE"), (roles[2], "workspace", "*", "MANAGE"),
+):
+    store.add_role_permission(role.id, kind, pattern, permission)
+for role in roles:
+    store.assign_role_to_user(some.id, role.id)
+
+def told(act, *words):
+    try:
+        return act(*words)
+    except Exception as error:
+        return [type(error).__name__, error.error_code]
+
+def rows(list_grants):
+    asked = ([], ["experiment"], ["run", "experiment"], ["registered_model"], sorted(VALID_RESOURCE_TYPES), ["nothing"])
+    places = ((user, place) for user in (none.id, some.id, -1) for place in ("default", "other", "nowhere"))
+    return [sorted(told(list_grants, *place, kinds)) for place in places for kinds in asked]
+
+def users(get_user):
+    found = []
+    for user in (none.username, some.username, name):
+        with app.test_request_context("/api/2.0/mlflow/runs/create"):
+            one = told(get_user, user)
+            found.append(one if isinstance(one, list) else vars(one))
+    return found
+
+theirs = rows(store.list_grants), users(store.get_user)
+ours = rows(mlstack_permissions.list_grants), users(mlstack_permissions.once_a_request(store.get_user))
+for user in (none, some):
+    store.delete_user(user.username)
+for role in roles:
+    store.delete_role(role.id)
+print(json.dumps([theirs, ours]))
+"""
+
 
 @pytest.fixture
 def admin(stack: StackUnderTest) -> Iterator[httpx.Client]:
@@ -83,6 +132,17 @@ def test_a_run_needs_the_same(stack: StackUnderTest, linked: tuple[str, str, str
     theirs, ours = json.loads(line)
     assert theirs[0] is not None
     assert theirs[-1] is None
+    assert ours == theirs
+
+
+def test_a_login_is_and_may_do_the_same(stack: StackUnderTest) -> None:
+    """Without roles and with several, of other workspaces too; denied; of everything; of what there is not."""
+    told = stack.exec("mlflow", "with-secrets", "python3", "-c", LOGINS)
+    assert told.code == 0, told.output
+    (line,) = [line for line in told.output.splitlines() if line.startswith("[[[")]
+    theirs, ours = json.loads(line)
+    assert max(map(len, theirs[0])) > 5
+    assert [isinstance(user, list) for user in theirs[1]] == [False, False, True]
     assert ours == theirs
 
 

@@ -1,8 +1,8 @@
 """Triggers in the metadata database that notify the scheduler.
 
 Of what it would find in its next round: a run that was created, or cleared; a task instance that ended,
-or was cleared, or that a trigger or a person's answer resumes. Not of a task's way from one to the other, which it
-wrote itself.
+or was cleared, or that a trigger or a person's answer resumes (an answer may be there before the task has
+parked itself). Not of a task's way from one to the other, which it wrote itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INSTALL = (
     f"WHEN (NEW.state = 'queued' AND OLD.state IS DISTINCT FROM NEW.state) EXECUTE FUNCTION {CHANNEL}()",
     f"CREATE TRIGGER {CHANNEL}_done AFTER UPDATE OF state ON task_instance FOR EACH ROW "
     "WHEN (OLD.state IS DISTINCT FROM NEW.state AND (NEW.state IS NULL "
-    "OR OLD.state IN ('deferred', 'awaiting_input') OR NEW.state NOT IN ('scheduled', 'queued', 'running')))"
+    "OR OLD.state IN ('running', 'deferred', 'awaiting_input') OR NEW.state NOT IN ('scheduled', 'queued', 'running')))"
     f" EXECUTE FUNCTION {CHANNEL}()",
 )
 

@@ -4,6 +4,7 @@ refuses is refused."""
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -88,8 +89,7 @@ def test_the_same_is_stored(stack: StackUnderTest) -> None:
 
 def test_a_name_is_made_up(tracking: MlflowClient) -> None:
     """Where none is asked for; it is the run's name and its tag."""
-    found = tracking.get_experiment_by_name("runs")
-    experiment = found.experiment_id if found else tracking.create_experiment("runs")
+    experiment = tracking.create_experiment(f"runs-{time.time_ns()}")
     first, second = (tracking.create_run(experiment) for _ in range(2))
     assert first.info.run_name != second.info.run_name
     assert first.data.tags["mlflow.runName"] == first.info.run_name

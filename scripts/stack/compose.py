@@ -178,6 +178,10 @@ class Compose:
         lines = self.capture("config", "--hash", "*").out.splitlines()
         return dict(line.split() for line in lines if line.strip())
 
+    def declared(self) -> list[str]:
+        """All services of the files, also those that no setting asks for."""
+        return self.capture("--profile", "*", "config", "--services").out.split()
+
     def containers(self) -> list[Container]:
         """The containers of this project, jobs included, by service name."""
         return containers(self.project)

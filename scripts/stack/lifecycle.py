@@ -22,6 +22,9 @@ UP_PATIENCE_S = 420
 STOP_GRACE_S = 600
 """A worker that is replaced may let its tasks end first (stop_grace_period in compose/airflow.yaml)."""
 UP_ATTEMPTS = 3
+WORKER = "airflow-worker"
+NEEDED_BY_TASKS = {WORKER, "airflow-apiserver", "postgres", "redis", "minio", "mlflow", "serving"}
+"""What a running task cannot end without."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +158,16 @@ def start(stack: Compose) -> None:
 
     Raises StackError (E-UNHEALTHY) with each unhappy service's last words.
     """
-    hashes = stack.hashes()
+    hashes, before = stack.hashes(), stack.containers()
     wanted, watch = set(hashes), _Watch(stack, hashes)
-    patience = UP_PATIENCE_S + (STOP_GRACE_S if stack.containers() else 0)
+    patience = UP_PATIENCE_S + (STOP_GRACE_S if before else 0)
     attempts = 1
-    # Compose leaves an opt-in service running when its setting is turned off.
-    if unwanted := {container.service for container in stack.containers()} - wanted:
+    if NEEDED_BY_TASKS & {one.service for one in before if one.config_hash != hashes.get(one.service)}:
+        with Step("letting running tasks end") as progress:
+            _drain(stack, progress)
+    # Compose leaves an opt-in service running when its setting is turned off. What no file declares any more is an
+    # orphan, which `up` removes.
+    if unwanted := {one.service for one in before} - wanted & set(stack.declared()):
         stack.capture("--profile", "*", "rm", "--stop", "--force", *sorted(unwanted), timeout=120)
     with Step(f"starting {len(wanted)} services") as progress:
         up_command = stack.command("up", "--detach", "--remove-orphans", "--no-build")
@@ -233,26 +240,42 @@ def down(instance: Instance, *, volumes: bool = False) -> None:
     # Opt-in services are stopped whatever the setting says now.
     title = "stopping and deleting all data" if volumes else "stopping (data is kept)"
     with Step(title) as progress:
-        child = Child(stack.command("--profile", "*", *words), stack.variables)
-        deadline = time.monotonic() + STOP_GRACE_S + 100
-        try:
-            while (code := child.poll()) is None:
-                left = [container.service for container in stack.containers()]
-                progress.update(f"waiting for {', '.join(left)}")
-                if time.monotonic() > deadline:
-                    code = OUT_OF_TIME
-                    break
-                time.sleep(0.3)
-        finally:
-            child.stop()
-    if code == 0 and volumes:
+        if not volumes:
+            _drain(stack, progress)
+        _end(stack, progress, ["--profile", "*", *words])
+    if volumes:
         # Compose removes what its files declare now; a setting that is off again may have left more.
         for name in compose.volumes(stack.project):
             capture(["docker", "volume", "rm", name], timeout=60)
+
+
+def _drain(stack: Compose, progress: Step) -> None:
+    """Stops the worker, whose tasks may end first, while all that they need is still there. Compose stops it together
+    with the API server and MLflow: each of its tasks that took longer than these was lost, and run again."""
+    _end(stack, progress, ["stop", WORKER], only=WORKER)
+
+
+def _end(stack: Compose, progress: Step, words: list[str], *, only: str = "") -> None:
+    """Runs a Compose command that ends all containers, or `only` a service's, and says which it waits for.
+
+    Raises StackError (E-DOWN).
+    """
+    child = Child(stack.command(*words), stack.variables)
+    deadline = time.monotonic() + STOP_GRACE_S + 100
+    try:
+        while (code := child.poll()) is None:
+            left = [one.service for one in stack.containers() if only in ("", one.service)]
+            progress.update(f"waiting for {', '.join(left)}")
+            if time.monotonic() > deadline:
+                code = OUT_OF_TIME
+                break
+            time.sleep(0.3)
+    finally:
+        child.stop()
     if code != 0:
         raise StackError(
             "E-DOWN",
-            f"docker compose down ended with code {code}",
+            f"docker compose {' '.join(words)} ended with code {code}",
             why=child.tail(8),
             fix="run the same command again; `docker ps` shows what is left",
             changed="some containers may be gone",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
+from stack.airflow import Airflow
 from tests.support import StackUnderTest, free_ports, run, wait_until
 
 
@@ -125,12 +128,65 @@ class TestProbesSeeOutages:
         wait_until(lambda: stack.exec("airflow-worker", "worker-probe").code == 0, 30, "the worker well again")
 
 
-def test_down_and_up_keep_the_data(stack: StackUnderTest) -> None:
-    """Stopping removes the containers and nothing else; the run and the model are there again."""
+TAKES_LONG = """
+import time
+from airflow.sdk import dag, task
+
+@dag(dag_id="takes_long", schedule=None)
+def takes_long():
+    @task(retries=0)
+    def it():
+        from mlflow import MlflowClient
+
+        # Longer than the API server, or MLflow, takes to stop.
+        time.sleep(40)
+        MlflowClient().search_experiments()
+
+    it()
+
+takes_long()
+"""
+
+
+def start_a_long_task(airflow: Airflow) -> str:
+    """Returns the run's id once its task is under way."""
+    airflow.wait_for_dag("takes_long")
+    airflow.set_paused("takes_long", False)
+    run_id = airflow.trigger("takes_long")
+    wait_until(
+        lambda: [one["state"] for one in airflow.task_instances("takes_long", run_id)] == ["running"],
+        60,
+        "the task is under way",
+    )
+    return run_id
+
+
+def how_it_ended(airflow: Airflow, run_id: str) -> list[tuple[str, int]]:
+    """The task's state and tries, when its run has ended."""
+    airflow.follow("takes_long", run_id, patience=120)
+    return [(one["state"], one["try_number"]) for one in airflow.task_instances("takes_long", run_id)]
+
+
+@pytest.fixture
+def long_task(stack: StackUnderTest) -> Iterator[Path]:
+    """Its DAG's file; afterwards neither is there."""
+    file = stack.clone / "dags" / "takes_long.py"
+    yield file
+    file.unlink(missing_ok=True)
+    with stack.airflow() as airflow:
+        if airflow.has("/api/v2/dags/takes_long"):
+            airflow.delete_dag("takes_long")
+
+
+def test_down_and_up_keep_the_data(stack: StackUnderTest, long_task: Path) -> None:
+    """Stopping removes the containers and nothing else; the run and the model are there again, and a task that was
+    under way has ended well before: all that it needs has waited for it."""
+    long_task.write_text(TAKES_LONG)
     with stack.airflow() as airflow:
         runs = airflow.call("GET", "/dags/train_model/dagRuns")["total_entries"]
+        under_way = start_a_long_task(airflow)
     down = stack.make("down")
-    stack.timings["down"] = down.seconds
+    stack.timings["down, with a task of 40 s under way"] = down.seconds
     assert down.code == 0, down.output
     assert stack.compose.containers() == []
     up = stack.make("up")
@@ -138,6 +194,7 @@ def test_down_and_up_keep_the_data(stack: StackUnderTest) -> None:
     assert up.code == 0, up.output
     with stack.airflow() as airflow:
         assert airflow.call("GET", "/dags/train_model/dagRuns")["total_entries"] == runs
+        assert how_it_ended(airflow, under_way) == [("success", 1)]
     auth = (stack.settings.admin_user, stack.secret("admin_password"))
     answer = httpx.get(f"{stack.mlflow_url}/api/2.0/mlflow/registered-models/search", auth=auth)
     assert (answer.status_code, "tumour-classifier" in answer.text) == (200, runs > 0), answer.text

@@ -330,6 +330,29 @@ def test_a_restart_stops_only_what_will_start_again(monkeypatch: pytest.MonkeyPa
     assert done == order[: order.index(step) + 1]
 
 
+@pytest.mark.parametrize(("service", "stopped"), [("mlflow", True), ("serving", True), ("flower", False)])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tasks_end_before_what_they_need_is_replaced(
+    docker: Docker, prepared: Instance, service: str, stopped: bool, *, wanted: bool
+) -> None:
+    """Or removed, where a setting was turned off; the worker is left alone where they do not need it."""
+    now = [container("airflow-worker"), container(service)]
+    docker.has(*now)
+    later = json.loads(json.dumps(now if wanted else now[:1]))
+    later[-1]["Config"]["Labels"]["com.docker.compose.config-hash"] = "new" if wanted else "h"
+    (docker.folder / "later").write_text(json.dumps(later))
+    (docker.folder / "compose").write_text(f"""case "$*" in
+  *'config --hash'*) echo airflow-worker h; {f"echo {service} new" if wanted else ":"} ;;
+  *'config --services'*) echo airflow-worker; echo {service} ;;
+  *' up '*) cp '{docker.folder}/later' '{docker.folder}/containers' ;;
+esac
+""")
+    lifecycle.start(compose.Compose(prepared))
+    ends = [call for call in docker.calls if " stop " in f"{call} " or " rm " in call or " up " in call]
+    verbs = [next(word for word in ("stop", "rm", "up") if f" {word} " in f"{call} ") for call in ends]
+    assert verbs == [*(["stop"] if stopped else []), *([] if wanted else ["rm"]), "up"]
+
+
 def test_a_missing_image_is_told_before_compose_looks_for_it(docker: Docker, prepared: Instance) -> None:
     with prepared.env_file.open("a") as file:
         file.write("IMAGE_PREFIX='mlstack'\nAIRFLOW_TAG='1'\n")

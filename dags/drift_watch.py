@@ -200,7 +200,9 @@ def picture(columns: list[dict[str, Any]], reference: pd.DataFrame, live: pd.Dat
     params={
         "hours": Param(24, type="integer", minimum=1, maximum=720, description="Look back so far at the most."),
         "min_rows": Param(200, type="integer", minimum=20, description="With fewer new predictions nothing is said."),
-        "max_rows": Param(20_000, type="integer", minimum=100, description="Of more, the newest are looked at."),
+        "max_rows": Param(
+            20_000, type="integer", minimum=100, maximum=50_000, description="Of more, the newest are looked at."
+        ),
         "threshold": Param(
             0.1, type="number", exclusiveMinimum=0, maximum=1, description="Retrain when this share has drifted."
         ),
@@ -209,7 +211,8 @@ def picture(columns: list[dict[str, Any]], reference: pd.DataFrame, live: pd.Dat
     doc_md=__doc__,
 )
 def drift_watch() -> None:
-    @task
+    # As many rows as `max_rows` allows at the most, as Python's objects and as CSV.
+    @task(resources={"ram": 384})
     def collect() -> dict[str, Any]:
         """Writes the champion's new predictions to S3 and returns where they are; too few end the run, skipped."""
         import csv
@@ -273,7 +276,7 @@ def drift_watch() -> None:
             "until": rows[-1]["at"],
         }
 
-    # Two samples of 20,000 rows, their figures, and a picture of all columns.
+    # Two samples of so many rows, their figures, and a picture of all columns.
     @task(resources={"ram": 384})
     def compare(window: dict[str, Any]) -> dict[str, Any]:
         """Holds the window against the reference, logs what it finds to MLflow, and returns it in short."""
@@ -283,6 +286,7 @@ def drift_watch() -> None:
 
         import mlflow
         import pandas as pd
+        from airflow.sdk.exceptions import AirflowFailException
 
         context = get_current_context()
         live = pd.read_csv(object_store().get_object(Bucket=BUCKET, Key=window["key"])["Body"])
@@ -291,8 +295,13 @@ def drift_watch() -> None:
                 mlflow.artifacts.download_artifacts(run_id=window["run_id"], artifact_path=REFERENCE, dst_path=folder)
             )
         columns = examine(reference, live)
+        if not columns:
+            raise AirflowFailException(
+                f"version {window['version']} of {MODEL_NAME} cannot be watched: none of the numeric columns of its "
+                f"{REFERENCE} is among those that it is asked with"
+            )
         drifted = [one["column"] for one in columns if one["drifted"]]
-        share = len(drifted) / len(columns) if columns else 0.0
+        share = len(drifted) / len(columns)
         report = {
             "model": MODEL_NAME,
             "threshold": context["params"]["threshold"],
@@ -326,8 +335,7 @@ def drift_watch() -> None:
                 metrics |= {f"missing/{name}": one["live_missing"], f"missing_p/{name}": one["missing_p"]}
             mlflow.log_metrics(metrics)
             mlflow.log_dict(report, "drift.json")
-            if columns:
-                mlflow.log_figure(picture(columns, reference, live), "drift.png")
+            mlflow.log_figure(picture(columns, reference, live), "drift.png")
         print(
             f"{len(drifted)} of {len(columns)} columns have drifted ({share:.0%}): {', '.join(drifted) or 'none'}\n"
             f"{os.environ['MLFLOW_UI_URL']}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"

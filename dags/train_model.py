@@ -54,6 +54,8 @@ MODEL_NAME = "tumour-classifier"
 CHAMPION, CHALLENGER = "champion", "challenger"
 PREVIOUS = "previous_champion"
 """Tag of a model version: whose place it took."""
+MADE_BY = "airflow.run_id"
+"""Tag of what a run makes in MLflow."""
 SEED = 7
 
 DRIFT = Asset("drift", uri=f"mlstack://drift/{MODEL_NAME}")
@@ -296,7 +298,7 @@ def mlflow_link(run: Run) -> str:
     return f"{os.environ['MLFLOW_UI_URL']}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
-def end_former_tries(experiment_id: str, name: str, tag: str = "airflow.run_id") -> None:
+def end_former_tries(experiment_id: str, name: str, tag: str = MADE_BY) -> None:
     """Ends the runs of this name that former tries of a task began: one that lost MLflow could not end its own, and
     that would be running for ever."""
     import mlflow
@@ -342,7 +344,11 @@ class Approval(ApprovalOperator):
 
 
 @dag(
-    schedule=AssetOrTimeSchedule(timetable=CronTriggerTimetable("0 3 * * 1", timezone="UTC"), assets=DRIFT),
+    schedule=AssetOrTimeSchedule(
+        # Unpaused on a Monday it would else begin with the run of that night, on top of the one that is asked for.
+        timetable=CronTriggerTimetable("0 3 * * 1", timezone="UTC", run_immediately=timedelta(0)),
+        assets=DRIFT,
+    ),
     catchup=False,
     max_active_runs=1,
     is_paused_upon_creation=True,
@@ -423,7 +429,7 @@ def train_model() -> None:
         with mlflow.start_run(
             run_name=candidate["name"],
             description=f"[Airflow run]({airflow_link()})",
-            tags={"airflow.dag_id": EXPERIMENT, "airflow.run_id": context["run_id"]},
+            tags={"airflow.dag_id": EXPERIMENT, MADE_BY: context["run_id"]},
         ) as run:
             mlflow.log_params(candidate)
             mlflow.log_params({"source": source, "data": f"s3://{BUCKET}/{keys['train']}"})
@@ -480,7 +486,16 @@ def train_model() -> None:
                 description=f"[Airflow run]({airflow_link()})",
                 tags={"airflow.dag_id": EXPERIMENT, tag: get_current_context()["run_id"]},
             ) as run:
-                metrics, _ = evaluate_model(f"models:/{MODEL_NAME}/{champion.version}", read_csv(keys["test"]))
+                rows = read_csv(keys["test"])
+                try:
+                    metrics, _ = evaluate_model(f"models:/{MODEL_NAME}/{champion.version}", rows)
+                except Exception as error:
+                    raise RuntimeError(
+                        f"the {CHAMPION}, version {champion.version}, was not evaluated on these rows: {error}. Where "
+                        "MLflow and the store are well: is its model there, and made for these columns? If not, take "
+                        "the alias from it in MLflow's pages, and clear `choose` with what is behind it: without a "
+                        "champion there is no comparison"
+                    ) from error
             score = metrics["roc_auc"]
             print(f"champion, version {champion.version}: roc_auc {score:.4f}, {mlflow_link(run)}")
             limit = max(limit, score - TOLERANCE)
@@ -498,13 +513,18 @@ def train_model() -> None:
         """Registers the best model as challenger. Run again, it finds the version that it made before."""
         import mlflow
 
-        client = mlflow.MlflowClient()
-        query = f"name = '{MODEL_NAME}' and run_id = '{best['run_id']}'"
-        if not client.search_model_versions(query):
-            tags = {"airflow.run_id": get_current_context()["run_id"], "airflow.url": airflow_link()}
+        client, run_id = mlflow.MlflowClient(), get_current_context()["run_id"]
+
+        def made() -> list[Any]:
+            """The versions that this run has made of it, the first one first. One that a person made is theirs."""
+            found = client.search_model_versions(f"name = '{MODEL_NAME}' and run_id = '{best['run_id']}'")
+            return sorted((one for one in found if one.tags.get(MADE_BY) == run_id), key=lambda one: int(one.version))
+
+        if not made():
+            tags = {MADE_BY: run_id, "airflow.url": airflow_link()}
             mlflow.register_model(best["model_uri"], MODEL_NAME, tags=tags)
         # MLflow's client asks again where an answer does not come: that may have made it twice.
-        version, *again = sorted(client.search_model_versions(query), key=lambda one: int(one.version))
+        version, *again = made()
         for one in again:
             client.delete_model_version(MODEL_NAME, one.version)
         client.set_registered_model_alias(MODEL_NAME, CHALLENGER, version.version)
@@ -574,16 +594,23 @@ def train_model() -> None:
         """Gives the alias back to the model that had it, and fails: the run did not do what it was for."""
         import mlflow
         from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+        from mlflow.exceptions import MlflowException
 
         now = champion_version() if challenger else None
         if now is None or now.version != str(challenger["version"]):
             raise AirflowSkipException("what this run made is not champion")
         client, version = mlflow.MlflowClient(), now.version
         before = now.tags.get(PREVIOUS, "none")
+        try:
+            if before != "none":
+                client.set_registered_model_alias(MODEL_NAME, CHAMPION, before)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            print(f"version {before} has been deleted since")
+            before = "none"
         if before == "none":
             client.delete_registered_model_alias(MODEL_NAME, CHAMPION)
-        else:
-            client.set_registered_model_alias(MODEL_NAME, CHAMPION, before)
         again = "nobody" if before == "none" else f"version {before}"
         raise AirflowFailException(f"version {version} failed its smoke test; {CHAMPION} is {again} again")
 

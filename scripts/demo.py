@@ -1,8 +1,8 @@
 """make demo: runs the shipped training pipeline, follows it, and prints where its results are.
 
-Changes: a DAG run in Airflow; runs, a model version and an alias in MLflow; data in S3. The DAG's
-paused state is put back afterwards. Exit: 0 the run succeeded, 1 it failed, 3 no stack, or another run is under
-way, 4 too slow.
+Changes: a DAG run in Airflow; runs, a model version and an alias in MLflow; data in S3. The DAG's paused state is put
+back afterwards, unless a run goes on: a paused DAG's stands still. Exit: 0 the run succeeded, 1 it failed, 3 no stack,
+or another run is under way, 4 too slow.
 """
 
 from __future__ import annotations
@@ -34,9 +34,18 @@ def main(argv: Sequence[str]) -> int:
         try:
             run_id = airflow.trigger(DAG_ID, {"approval": "automatic", "damage_data": arguments.damage_data})
             with Step(f"running {DAG_ID}") as progress:
-                state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S, on_progress=lambda now: show(progress, now))
+
+                def look(now: list[dict[str, Any]]) -> None:
+                    show(progress, now)
+                    if not any(one["state"] for one in now):
+                        give_way(airflow, run_id)
+
+                state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S, on_progress=look)
         finally:
-            airflow.set_paused(DAG_ID, was_paused)
+            if was_paused and under_way(airflow):
+                say(f"{DAG_ID} was paused, and is not any more: a run of it goes on")
+            else:
+                airflow.set_paused(DAG_ID, was_paused)
         print(f"run       {airflow.url}/dags/{DAG_ID}/runs/{run_id}  ({state})")
         if state == "success":
             print_results(airflow, chosen, run_id)
@@ -50,20 +59,43 @@ def main(argv: Sequence[str]) -> int:
     return Exit.FAILED
 
 
+def under_way(airflow: Airflow) -> list[dict[str, Any]]:
+    """The runs that have not ended."""
+    return [run for run in airflow.runs(DAG_ID) if run["state"] not in FINISHED]
+
+
 def check_nothing_runs(airflow: Airflow) -> None:
     """Raises StackError (E-RUN-WAITS) where a run is under way: the pipeline has one at a time, and one that waits for
     its approval may do so for a day."""
-    for run in airflow.runs(DAG_ID):
-        if run["state"] in FINISHED:
+    for run in under_way(airflow):
+        raise waits(airflow, run)
+
+
+def give_way(airflow: Airflow, run_id: str) -> None:
+    """Where another run has taken the place of one that has not begun: deletes that one, and raises StackError
+    (E-RUN-WAITS). A weekly run that was due while the DAG was paused begins when it is unpaused."""
+    for run in under_way(airflow):
+        if run["dag_run_id"] == run_id or run["state"] != "running":
             continue
-        run_id = run["dag_run_id"]
-        now = [one["task_id"] for one in airflow.task_instances(DAG_ID, run_id) if one["state"] == "awaiting_input"]
-        raise StackError(
-            "E-RUN-WAITS",
-            f"a run of {DAG_ID} is under way already",
-            why=f"{run_id} is {run['state']}{' and waits for a person: ' + now[0] if now else ''}; one runs at a time",
-            fix=f"answer it, or end it: {airflow.url}/dags/{DAG_ID}/runs/{run_id}; then the same command again",
-        )
+        other = waits(airflow, run)
+        try:
+            airflow.call("DELETE", f"/dags/{DAG_ID}/dagRuns/{run_id}")
+        except StackError:
+            # The other one has just ended, and ours has begun.
+            return
+        raise other
+
+
+def waits(airflow: Airflow, run: dict[str, Any]) -> StackError:
+    """The error of another run that is under way."""
+    run_id = run["dag_run_id"]
+    now = [one["task_id"] for one in airflow.task_instances(DAG_ID, run_id) if one["state"] == "awaiting_input"]
+    return StackError(
+        "E-RUN-WAITS",
+        f"a run of {DAG_ID} is under way already",
+        why=f"{run_id} is {run['state']}{' and waits for a person: ' + now[0] if now else ''}; one runs at a time",
+        fix=f"answer it, or end it: {airflow.url}/dags/{DAG_ID}/runs/{run_id}; then the same command again",
+    )
 
 
 def show(progress: Step, instances: list[dict[str, Any]]) -> None:

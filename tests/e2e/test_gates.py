@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -188,6 +190,28 @@ def test_a_file_that_cannot_be_uploaded(stack: StackUnderTest) -> None:
         assert "E-UPLOAD" in refused.output, refused.output
 
 
+def test_a_file_that_breaks_off_is_not_put(stack: StackUnderTest) -> None:
+    """Its sender was ended: the object that was there stays, whole, and no part of the new one."""
+    store, key = stack.s3("pipelines"), "inbox/half.csv"
+    store.put_object(Bucket="pipelines", Key=key, Body=b"whole")
+    words = ("run", "--rm", "-T", "--no-deps", "airflow-cli", "bucket-put", key)
+    # One that goes at once, and one that goes in parts.
+    sent = [b"12345", os.urandom(20 * 10**6)]
+    try:
+        for content, lacks in ((sent[0], 5), (sent[1], 10**7), (sent[0], 0)):
+            command = stack.compose.command(*words, str(len(content) + lacks))
+            said = subprocess.run(
+                command, input=content, env=os.environ | stack.compose.variables, capture_output=True, check=False
+            )
+            assert said.returncode == (1 if lacks else 0), said
+            assert (f"the last {lacks} bytes did not come".encode() in said.stderr) == bool(lacks)
+            body = store.get_object(Bucket="pipelines", Key=key)["Body"].read()
+            assert body == (b"whole" if lacks else content)
+            assert not store.list_multipart_uploads(Bucket="pipelines", Prefix=key).get("Uploads")
+    finally:
+        store.delete_object(Bucket="pipelines", Key=key)
+
+
 KNOWS_ALL = f"""
 import mlflow
 from mlflow.models import infer_signature
@@ -273,9 +297,9 @@ def test_an_approval_that_is_given(
     assert "challenger" not in tracking.get_registered_model(MODEL).aliases
 
 
-def ask_again(airflow: Airflow, run_id: str) -> None:
-    """Clears the approval and what is behind it."""
-    again = {"dag_run_id": run_id, "task_ids": ["approve"], "include_downstream": True, "only_failed": False}
+def clear(airflow: Airflow, run_id: str, task_id: str) -> None:
+    """Clears a task and what is behind it."""
+    again = {"dag_run_id": run_id, "task_ids": [task_id], "include_downstream": True, "only_failed": False}
     airflow.call("POST", f"/dags/{DAG_ID}/clearTaskInstances", json=again | {"dry_run": False})
 
 
@@ -284,7 +308,7 @@ def test_an_approval_that_never_comes_is_given_too_late_and_refused(
 ) -> None:
     """The run fails where nobody answers, and says so. Cleared, it asks again, and nothing is trained again: given,
     when another has become champion, it deploys nothing; refused, neither, and the version stays a challenger, to
-    be looked at."""
+    be looked at. It is registered once, beside one that a person has made of the same run."""
     before = champion()
     run_id = airflow.trigger(DAG_ID, {"approval_minutes": 1})
     assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
@@ -293,7 +317,7 @@ def test_an_approval_that_never_comes_is_given_too_late_and_refused(
     assert champion() == before
 
     other = str(mlflow.register_model(tracking.get_model_version(MODEL, before).source, MODEL).version)
-    ask_again(airflow, run_id)
+    clear(airflow, run_id, "approve")
     tracking.set_registered_model_alias(MODEL, "champion", other)
     try:
         answer(airflow, run_id, "Approve")
@@ -305,18 +329,24 @@ def test_an_approval_that_never_comes_is_given_too_late_and_refused(
         tracking.set_registered_model_alias(MODEL, "champion", before)
         tracking.delete_model_version(MODEL, other)
 
-    ask_again(airflow, run_id)
-    answer(airflow, run_id, "Reject")
-    assert airflow.follow(DAG_ID, run_id, patience=60) == "success"
+    made = airflow.xcom(DAG_ID, run_id, "register")
+    by_hand = str(mlflow.register_model(made["model_uri"], MODEL).version)
+    try:
+        clear(airflow, run_id, "register")
+        answer(airflow, run_id, "Reject")
+        assert airflow.follow(DAG_ID, run_id, patience=60) == "success"
+        assert tracking.get_model_version(MODEL, by_hand).run_id == made["run_id"]
+    finally:
+        tracking.delete_model_version(MODEL, by_hand)
     found = states(airflow, run_id)
     behind = ("promote", "smoke_test", "announce", "restore")
     assert {name: found[name] for name in behind} == {name: {"skipped"} for name in behind}
     tries = {(one["task_id"], one["try_number"]) for one in airflow.task_instances(DAG_ID, run_id)}
-    assert {("train", 1), ("approve", 3)} <= tries
+    assert {("train", 1), ("register", 2), ("approve", 3)} <= tries
     assert ("train", 2) not in tries
     assert champion() == before
-    refused = airflow.xcom(DAG_ID, run_id, "register")["version"]
-    assert tracking.get_model_version_by_alias(MODEL, "challenger").version == refused
+    assert airflow.xcom(DAG_ID, run_id, "register")["version"] == made["version"]
+    assert tracking.get_model_version_by_alias(MODEL, "challenger").version == made["version"]
 
 
 def test_a_smoke_test_that_fails(airflow: Airflow, champion: Callable[[], str]) -> None:
@@ -327,6 +357,7 @@ def test_a_smoke_test_that_fails(airflow: Airflow, champion: Callable[[], str]) 
     found = states(airflow, run_id)
     assert found["promote"] == {"success"}
     assert found["smoke_test"] == found["restore"] == {"failed"}
+    assert found["announce"] == {"upstream_failed"}
     assert f"champion is version {before} again" in airflow.task_log(DAG_ID, run_id, "restore")
     assert champion() == before
 
@@ -334,7 +365,8 @@ def test_a_smoke_test_that_fails(airflow: Airflow, champion: Callable[[], str]) 
 def test_the_first_champion_answers_otherwise(
     stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]
 ) -> None:
-    """It is served, and does not answer as it was evaluated: the rows are others by then. Nobody is champion again."""
+    """It is served, and does not answer as it was evaluated: the rows are others by then. Nobody is champion again; nor
+    where the one whose place it took has been deleted since."""
     before = champion()
     tracking.delete_registered_model_alias(MODEL, "champion")
     try:
@@ -349,6 +381,16 @@ def test_the_first_champion_answers_otherwise(
         assert (found["promote"], found["smoke_test"], found["restore"]) == ({"success"}, {"failed"}, {"failed"})
         assert "does not answer as it did in its evaluation" in airflow.task_log(DAG_ID, run_id, "smoke_test")
         assert "champion is nobody again" in airflow.task_log(DAG_ID, run_id, "restore")
+        assert "champion" not in tracking.get_registered_model(MODEL).aliases
+
+        version = airflow.xcom(DAG_ID, run_id, "register")["version"]
+        tracking.set_model_version_tag(MODEL, version, "previous_champion", "9999")
+        tracking.set_registered_model_alias(MODEL, "champion", version)
+        clear(airflow, run_id, "smoke_test")
+        assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+        told = airflow.task_log(DAG_ID, run_id, "restore", attempt=2)
+        assert "version 9999 has been deleted since" in told
+        assert "champion is nobody again" in told
         assert "champion" not in tracking.get_registered_model(MODEL).aliases
     finally:
         tracking.set_registered_model_alias(MODEL, "champion", before)

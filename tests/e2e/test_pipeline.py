@@ -92,22 +92,91 @@ def test_artifacts_are_in_minio(stack: StackUnderTest, tracking: MlflowClient, f
     assert any(one["Key"].endswith("/MLmodel") for one in listed)
 
 
+def ask(stack: StackUnderTest, role: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
+    """A statement in a role's own database; its rows."""
+    with (
+        psycopg2.connect(
+            host=stack.address("postgres"), user=role, dbname=role, password=stack.secret(f"{role}_db_password")
+        ) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute(sql, values)
+        return list(cursor.fetchall()) if cursor.description else []
+
+
 def test_rows_are_in_postgres(stack: StackUnderTest, finished: dict[str, Any]) -> None:
     """The run is a row in Airflow's database, its metrics are rows in MLflow's, its results in Celery's."""
+    assert ask(stack, "airflow", "SELECT state FROM dag_run WHERE run_id = %s", finished["run_id"]) == [("success",)]
+    assert len(ask(stack, "mlflow", "SELECT key FROM tags WHERE value = %s", finished["run_id"])) == 3
+    assert ask(stack, "celery", "SELECT count(*) FROM celery_taskmeta WHERE status = 'SUCCESS'")[0][0] >= 6
 
-    def rows(role: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        with (
-            psycopg2.connect(
-                host=stack.address("postgres"), user=role, dbname=role, password=stack.secret(f"{role}_db_password")
-            ) as connection,
-            connection.cursor() as cursor,
-        ):
-            cursor.execute(sql, values)
-            return list(cursor.fetchall())
 
-    assert rows("airflow", "SELECT state FROM dag_run WHERE run_id = %s", finished["run_id"]) == [("success",)]
-    assert len(rows("mlflow", "SELECT key FROM tags WHERE value = %s", finished["run_id"])) == 3
-    assert rows("celery", "SELECT count(*) FROM celery_taskmeta WHERE status = 'SUCCESS'")[0][0] >= 6
+def test_the_asset_has_the_event_of_the_run(airflow: Airflow, finished: dict[str, Any]) -> None:
+    """What a DAG that is scheduled on it gets to know."""
+    events = airflow.call("GET", "/assets/events", params={"source_run_id": finished["run_id"]})["asset_events"]
+    assert [(one["name"], one["extra"]["version"], one["extra"]["mlflow"]) for one in events] == [
+        ("deployed", finished["version"], finished["url"])
+    ]
+
+
+NEXT_RUN = """
+from datetime import datetime, timezone
+from unittest import mock
+
+from airflow.dag_processing.dagbag import DagBag
+from airflow.serialization.encoders import coerce_to_core_timetable
+from airflow.timetables.base import TimeRestriction
+
+dag = DagBag("/opt/airflow/dags/train_model.py").dags["train_model"]
+timetable = coerce_to_core_timetable(dag.timetable)
+for day in range(7):
+    now = datetime(2026, 11, 30 - day, 10, 0, tzinfo=timezone.utc)
+    with mock.patch("airflow.timetables.trigger.utcnow", return_value=now):
+        found = timetable.next_dagrun_info(
+            last_automated_data_interval=None, restriction=TimeRestriction(None, None, catchup=False)
+        )
+    print("NEXT", now.strftime("%a"), found.run_after > now)
+"""
+
+
+def test_unpausing_it_on_a_monday_runs_nothing_beside(stack: StackUnderTest) -> None:
+    """The weekly run of that night is over: it would take the place of the first one that a person asks for."""
+    command = ("run", "--rm", "-T", "--no-deps", "airflow-cli", "with-secrets", "python3", "-c", NEXT_RUN)
+    told = run(*stack.compose.command(*command))
+    found = [line for line in told.output.splitlines() if line.startswith("NEXT")]
+    assert found == [f"NEXT {day} True" for day in ("Mon", "Sun", "Sat", "Fri", "Thu", "Wed", "Tue")], told.output
+
+
+def test_a_weekly_run_that_was_due_while_paused_goes_first(
+    stack: StackUnderTest, airflow: Airflow, finished: dict[str, Any]
+) -> None:
+    """It begins when `make demo` unpauses the DAG, and waits for a person: the demonstration says so, and leaves no
+    run of its own behind it."""
+    assert finished["version"]
+    before = {run["dag_run_id"] for run in airflow.runs(DAG_ID)}
+    airflow.set_paused(DAG_ID, True)
+    ask(
+        stack,
+        "airflow",
+        "UPDATE dag SET next_dagrun = now() - interval '1 hour', next_dagrun_create_after = now() - interval '1 hour',"
+        " next_dagrun_data_interval_start = now() - interval '1 hour',"
+        " next_dagrun_data_interval_end = now() - interval '1 hour' WHERE dag_id = %s",
+        DAG_ID,
+    )
+    try:
+        said = stack.make("demo")
+        (left,) = [run for run in airflow.runs(DAG_ID) if run["dag_run_id"] not in before]
+        assert said.code != 0, said.output
+        assert "E-RUN-WAITS" in said.output, said.output
+        assert left["dag_run_id"] in said.output
+        assert left["run_type"] == "scheduled"
+        assert "was paused, and is not any more" in said.output
+        assert airflow.wait_for_dag(DAG_ID)["is_paused"] is False
+    finally:
+        airflow.set_paused(DAG_ID, False)
+        for run in airflow.runs(DAG_ID):
+            if run["dag_run_id"] not in before:
+                airflow.call("PATCH", f"/dags/{DAG_ID}/dagRuns/{run['dag_run_id']}", json={"state": "failed"})
 
 
 def test_the_task_log_comes_from_s3(stack: StackUnderTest, airflow: Airflow, finished: dict[str, Any]) -> None:

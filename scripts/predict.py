@@ -17,6 +17,8 @@ from stack import connect, instance, settings
 from stack.errors import StackError, run_main
 
 KINDS = {".csv": "text/csv", ".json": "application/json"}
+LARGEST = 5 << 20
+"""Bytes that serving takes at once (dockerfiles/serving/serving/app.py)."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,9 +37,12 @@ def read(path: Path) -> tuple[bytes, str]:
     """The file's bytes and their content type. Raises StackError (E-ROWS)."""
     kind = KINDS.get(path.suffix.lower())
     try:
-        if kind:
+        if not kind:
+            why = "its name ends neither with .csv nor with .json"
+        elif (size := path.stat().st_size) > LARGEST:
+            why = f"it has {size} bytes; serving takes {LARGEST} at once: send its rows in parts"
+        else:
             return path.read_bytes(), kind
-        why = "its name ends neither with .csv nor with .json"
     except OSError as error:
         why = str(error)
     raise StackError("E-ROWS", f"{path} cannot be sent", why=why, fix="make predict FILE=examples/rows.csv")

@@ -7,6 +7,7 @@ did not take it, 3 no stack, or no file that can be read, 4 not done in time.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         with arguments.file.open("rb") as file, Step(f"uploading {arguments.file}"):
             # A container of its own: the worker's memory is for tasks.
-            command = compose.command("run", "--rm", "-T", "--no-deps", "airflow-cli", "bucket-put", key)
+            size = str(os.fstat(file.fileno()).st_size)
+            command = compose.command("run", "--rm", "-T", "--no-deps", "airflow-cli", "bucket-put", key, size)
             told = capture(command, timeout=PATIENCE_S, check=False, stdin=file, env=compose.variables)
     except OSError as error:
         raise refusal(arguments.file, str(error)) from error

@@ -23,7 +23,9 @@ FOLLOWS_S = 10
 REQUESTS = 10_000
 CLIENTS = 8
 SLOWEST_S = 0.5
-"""For the slowest in a hundred, clients and servers on one busy machine; the service's own aim is a tenth of it."""
+"""For the slowest in a hundred of eight clients without a pause, on one busy machine with them."""
+AIM_S, ROUNDS = 0.05, 4
+"""For the slowest in a hundred at fifty a second: in one of some rounds, for the machine has other work, too."""
 FLUSHED_S = 30
 ROW = {
     "mean radius": 17.99,
@@ -187,18 +189,19 @@ def test_no_request_fails_while_the_model_changes(
 
 @pytest.mark.usefixtures("two")
 def test_fifty_a_second(stack: StackUnderTest, http: httpx.Client) -> None:
-    """The load that it is made for, from the moment when a request is due; the figure is told, with a bound that only
-    a defect exceeds."""
-    seconds = []
-    begin = time.perf_counter()
-    for number in range(500):
-        due = begin + number / 50
-        time.sleep(max(0.0, due - time.perf_counter()))
-        assert ask(http, ROW).status_code == 200
-        seconds.append(time.perf_counter() - due)
-    p99 = sorted(seconds)[int(0.99 * len(seconds))]
-    stack.timings["a prediction, 50 a second, p99"] = p99
-    assert p99 < SLOWEST_S
+    """The load that it is made for, from the moment when a request is due."""
+    found: list[float] = []
+    while len(found) < ROUNDS and min(found, default=AIM_S) >= AIM_S:
+        seconds = []
+        begin = time.perf_counter()
+        for number in range(500):
+            due = begin + number / 50
+            time.sleep(max(0.0, due - time.perf_counter()))
+            assert ask(http, ROW).status_code == 200
+            seconds.append(time.perf_counter() - due)
+        found.append(sorted(seconds)[int(0.99 * len(seconds))])
+    stack.timings["a prediction, 50 a second, p99"] = min(found)
+    assert min(found) < AIM_S, found
 
 
 @pytest.mark.parametrize(("kind", "why"), [("without a signature", "signature"), ("too large", "41.0 MiB of files")])
@@ -365,6 +368,12 @@ def test_predict(stack: StackUnderTest, two: list[Made]) -> None:
         assert refused.code != 0
         assert "E-ROWS" in refused.output
         assert told in refused.output
+    with bad.open("wb") as file:
+        # So many bytes, which take no space.
+        file.truncate(2 * 10**9)
+    large = stack.make("predict", f"FILE={bad}")
+    assert "E-ROWS" in large.output, large.output
+    assert "2000000000 bytes" in large.output
     bad.unlink()
     missing = stack.make("predict", "FILE=none.csv")
     assert "E-ROWS" in missing.output, missing.output

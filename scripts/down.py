@@ -8,11 +8,10 @@ stack has it. Exit: 0 done, 1 failed, 2 usage, 3 refused and nothing changed.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 
-from stack import compose, instance, lifecycle, settings
+from stack import compose, instance, lifecycle, secrets, settings
 from stack.console import say
 from stack.errors import StackError, run_main
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             # The way out of E-SECRET-LOST when the whole directory of a stack was lost, or has moved.
             compose.remove_project(project)
         # The secrets fit only the data that has just gone; the next `make up` makes new ones.
-        shutil.rmtree(here.secrets, ignore_errors=True)
+        secrets.remove(here.secrets)
         here.env_file.unlink(missing_ok=True)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("data may be deleted, in part or all of it; `make clean` deletes the rest") from None

@@ -14,7 +14,8 @@ class Client(httpx.Client):
     exit code 3 at the first question, before which nothing can have been changed, else of 1."""
 
     def __init__(self, service: str, url: str, **words: Any) -> None:
-        super().__init__(base_url=url, timeout=30, **words)
+        # A proxy of the host's environment has no business with the stack's passwords.
+        super().__init__(base_url=url, timeout=30, trust_env=False, **words)
         self._service = service
         self._answered = False
 

@@ -60,7 +60,8 @@ class People:
         self._open.close()
 
     def add(self, name: str, role: Role) -> str:
-        """Makes both logins and returns their password. Raises StackError, and then neither is there."""
+        """Makes both logins and returns their password. Raises StackError, and then neither is there; where an answer
+        was lost, one may be, which the next attempt says."""
         self._check(name)
         if places := self._places(name):
             raise StackError(
@@ -105,7 +106,11 @@ class People:
         if "Airflow" in places:
             self._airflow.request("DELETE", f"{AIRFLOW_USERS}/{name}")
         if "MLflow" in places:
-            self._ask_mlflow("DELETE", f"{MLFLOW_USERS}/delete", {"username": name})
+            try:
+                self._ask_mlflow("DELETE", f"{MLFLOW_USERS}/delete", {"username": name})
+            except StackError as error:
+                error.changed = "the login in Airflow, if there was one, is removed"
+                raise
         return places
 
     def _check(self, name: str) -> None:
@@ -116,7 +121,8 @@ class People:
                 why="it has 2 to 32 small letters, digits, dots, dashes or underscores, and begins with a letter",
                 fix="make user NAME=ada",
             )
-        if name in (self.settings.admin_user, "airflow", "serving"):
+        # Airflow finds a name whatever its letters' case.
+        if name in (self.settings.admin_user.lower(), "airflow", "serving"):
             raise StackError(
                 "E-USER-NAME",
                 f"{name} is the stack's own login",

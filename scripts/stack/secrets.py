@@ -10,8 +10,11 @@ container, whatever its uid, can read the files that are mounted into it. What e
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import secrets as random
 import stat
 import string
@@ -63,6 +66,9 @@ PRIMARY: Mapping[str, Callable[[], str]] = {
     "flower_password": _password,
 }
 """Name -> how to make it. A name is a file in secrets/ and a secret in compose/secrets.yaml."""
+
+SHORTEST = 12
+"""Characters of a password in MLflow (`_validate_password` of its server/auth)."""
 
 RENEWABLE = frozenset({"serving_s3_secret", "mlflow_serving_password", "serving_token"})
 """Made where they are missing, although there is data: `make up` sets them anew in MLflow and in the store, and
@@ -174,6 +180,8 @@ def check(directory: Path, *, data_exists: bool) -> list[str]:
                 fix=f"put the file itself in its place; where you have none, see what is in '{path}' and remove it",
             )
     missing = [name for name in PRIMARY if _read(directory / name) is None]
+    for name in PRIMARY.keys() - missing:
+        _check_form(directory / name, fresh=not data_exists)
     lost = [name for name in missing if name not in RENEWABLE]
     if lost and data_exists:
         raise StackError(
@@ -185,6 +193,23 @@ def check(directory: Path, *, data_exists: bool) -> list[str]:
             "Without a backup: `make clean` deletes the data, and the next `make up` begins anew",
         )
     return missing
+
+
+def _check_form(path: Path, *, fresh: bool) -> None:
+    """Raises StackError (E-SECRET) for one that a container reads otherwise than we do (it drops line feeds at the
+    end, and nothing else), and for a first password that MLflow would refuse (of a fresh stack: it may be another's
+    by now)."""
+    text = path.read_bytes().decode().rstrip("\n")
+    if text != text.strip() or not text.isprintable():
+        why = "it begins or ends with a blank, or has a control character in it: a carriage return, say"
+    elif path.name == "admin_password" and fresh and len(text) < SHORTEST:
+        why = f"it has {len(text)} characters; MLflow takes {SHORTEST} or more"
+    else:
+        return
+    fix = "write it anew, as one line of text"
+    if not fresh:
+        fix += ".\nA login that was made with it keeps it, blanks and all: change it in the web pages, too"
+    raise StackError("E-SECRET", f"the secret {path} cannot be used", why=why, fix=fix)
 
 
 def _read(path: Path) -> str | None:
@@ -214,6 +239,16 @@ def ensure(directory: Path, settings: Settings, missing: list[str]) -> list[str]
     """Creates the missing primary secrets, renders the derived ones; returns what it wrote."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory.chmod(0o700)
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        # Another `make up`, begun at the same moment, may have made some since, and started with them.
+        fcntl.flock(held, fcntl.LOCK_EX)
+        return _ensure(directory, settings, [name for name in missing if not (directory / name).exists()])
+    finally:
+        os.close(held)
+
+
+def _ensure(directory: Path, settings: Settings, missing: list[str]) -> list[str]:
     written = []
     for name in missing:
         _write(directory / name, PRIMARY[name]())
@@ -235,6 +270,24 @@ def ensure(directory: Path, settings: Settings, missing: list[str]) -> list[str]
     return written
 
 
+def remove(directory: Path) -> None:
+    """Removes the stack's secrets, what has their place, and the directory; what else is in there stays, and it."""
+    for path in (directory / name for name in names()):
+        _partial(path).unlink(missing_ok=True)
+        if stat.S_ISDIR(_mode(path)):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _partial(path: Path) -> Path:
+    """Where a secret is written before it is complete."""
+    return path.with_name(f".{path.name}.new")
+
+
 def _write(path: Path, text: str) -> None:
     """Writes a secret file, readable by all who may enter its directory.
 
@@ -245,7 +298,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     else:
         # Complete before it has its name: an interrupted run leaves no half of a secret.
-        partial = path.with_name(f".{path.name}.new")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        _partial(path).write_text(text, encoding="utf-8")
+        _partial(path).replace(path)
     path.chmod(_MODE)

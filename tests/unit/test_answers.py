@@ -20,6 +20,18 @@ class Empty(BaseHTTPRequestHandler):
         pass
 
 
+def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would get the login."""
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.handle_request).start()
+        with Client("Airflow", f"http://127.0.0.1:{server.server_port}") as client:
+            assert client.get("/").status_code == 204
+
+
 def test_a_service_that_does_not_answer_is_an_error_of_ours() -> None:
     """At the first question nothing can have been changed; later something can."""
     server = HTTPServer(("127.0.0.1", 0), Empty)

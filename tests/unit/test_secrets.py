@@ -145,6 +145,53 @@ def test_damage_is_refused(made: Path, content: bytes) -> None:
         assert refused.value.code == "E-SECRET"
 
 
+@pytest.mark.parametrize(
+    ("content", "fresh_only"),
+    [
+        (b"CorrectHorse12\r\n", False),
+        (b"CorrectHorse12 ", False),
+        (b"Correct\tHorse12\n", False),
+        (b"TooShort\n", True),
+        (b"Correct Horse12\n", None),
+    ],
+)
+def test_a_first_password_of_ones_own(made: Path, content: bytes, *, fresh_only: bool | None) -> None:
+    """Refused where a container would read another one than we do, or MLflow would not take it: before anything is
+    made with it. A short one may be in use, MLflow's rule is younger than some stacks."""
+    path = made / "admin_password"
+    path.chmod(0o600)
+    path.write_bytes(content)
+    for data_exists in (True, False):
+        if fresh_only is None or (fresh_only and data_exists):
+            assert secrets.check(made, data_exists=data_exists) == []
+            continue
+        with pytest.raises(StackError, match="admin_password cannot be used") as refused:
+            secrets.check(made, data_exists=data_exists)
+        assert refused.value.code == "E-SECRET"
+
+
+def test_what_another_has_made_meanwhile_stays(made: Path) -> None:
+    """Two `make up` at the same moment: the one that comes later has the other's secrets."""
+    before = {path: path.read_bytes() for path in made.iterdir()}
+    assert secrets.ensure(made, DEFAULTS, list(secrets.PRIMARY)) == []
+    assert {path: path.read_bytes() for path in made.iterdir()} == before
+
+
+def test_removing_them_leaves_what_is_no_secret(made: Path) -> None:
+    (made / "notes").touch()
+    (made / ".jwt_secret.new").touch()
+    for name in ("broker_url", "fernet_key"):
+        (made / name).unlink()
+    (made / "broker_url").mkdir()
+    (made / "fernet_key").symlink_to(made / "notes")
+    secrets.remove(made)
+    assert [path.name for path in made.iterdir()] == ["notes"]
+    (made / "notes").unlink()
+    secrets.remove(made)
+    assert not made.exists()
+    secrets.remove(made)
+
+
 def test_a_directory_in_a_secrets_place_is_refused(made: Path) -> None:
     """What the engine makes of a missing file that it was told to mount."""
     (made / "jwt_secret").unlink()

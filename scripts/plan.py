@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints a plan."""
     parser = argparse.ArgumentParser(prog="make plan", description=__doc__)
     parser.add_argument("--memory", type=settings.parse_size, help="the host's memory, such as 8g")
-    parser.add_argument("--cpus", type=float, help="the host's CPUs")
+    parser.add_argument("--cpus", type=settings.parse_cpus, help="the host's CPUs")
     parser.add_argument("--examples", action="store_true", help="a table for several hosts, as Markdown")
     parser.add_argument("--picture", action="store_true", help="the same as a picture (SVG)")
     parser.add_argument(

@@ -32,6 +32,12 @@ refuse() { # CODE WHAT WHY FIX
   exit 3
 }
 
+case $root in
+  *:*)
+    refuse E-PATH "the clone's path contains a colon: $root" 'Python and Compose part one path from the next with it' \
+      'move the clone into a directory without one'
+    ;;
+esac
 command -v python3 >/dev/null ||
   refuse E-PYTHON 'python3 is not installed' 'the host programs are Python' 'apt-get install python3'
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||

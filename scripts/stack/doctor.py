@@ -162,7 +162,9 @@ def _ends(evidence: Evidence) -> Iterable[Finding]:
             )
         elif action == "die":
             code = int(actor.get("Attributes", {}).get("exitCode", 0))
-            if code and id_ not in asked:
+            # `make dag-lint` and its like: a person has seen how it ended.
+            by_hand = actor.get("Attributes", {}).get("com.docker.compose.oneoff") == "True"
+            if code and id_ not in asked and not (by_hand and code not in _CODES):
                 what, why = _CODES.get(code, (f"it ended with code {code}", "its last log lines say why"))
                 yield Finding(at, service, what, why, f"`make logs S={service}`; {_more_memory(service)}")
         elif action == "start":
@@ -321,7 +323,10 @@ def gather(stack: Compose, airflow: Airflow | StackError, since: float) -> Evide
     if isinstance(airflow, StackError):
         evidence.unread.append(f"Airflow's records: {airflow.what}")
     else:
-        evidence.killed_tasks = _killed(airflow, since)
+        try:
+            evidence.killed_tasks = _killed(airflow, since)
+        except StackError as error:
+            evidence.unread.append(f"Airflow's records: {error.what}")
     return evidence
 
 

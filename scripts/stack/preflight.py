@@ -12,7 +12,7 @@ import shlex
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from stack import compose, dags, images, secrets
@@ -47,7 +47,7 @@ def plan_for(host: Host, settings: Settings, engine: Engine | None = None) -> Pl
     if wanted > available:
         raise StackError(
             "E-MEM-LOW",
-            f"STACK_MEMORY is {wanted / 1024:.1f} GiB; this host has {available / 1024:.1f} GiB",
+            f"STACK_MEMORY is {wanted:,} MiB; this host has {available:,} MiB",
             why="the sum of all limits would exceed the host's memory, and the kernel would choose what dies",
             fix="lower STACK_MEMORY in stack.env, or leave it empty",
         )
@@ -71,6 +71,14 @@ def before_engine(host: Host, settings: Settings, instance: Instance) -> list[St
             lambda: images.ca_bundle(settings),
             lambda: check_writable(instance.directory),
             lambda: compose.render_environment({"STACK_DIR": str(instance.directory), "the clone": str(ROOT)}),
+            lambda: check_colon(
+                {
+                    "STACK_DIR": str(instance.directory),
+                    "the clone": str(ROOT),
+                    "DAGS_DIR": str((ROOT / settings.dags_dir).resolve()),
+                    "PLUGINS_DIR": str((ROOT / settings.plugins_dir).resolve()),
+                }
+            ),
         ]
     )
 
@@ -117,6 +125,18 @@ class _SeveralError(StackError):
 
     def __str__(self) -> str:
         return "\n".join(str(error) for error in self.errors)
+
+
+def check_colon(paths: Mapping[str, str]) -> None:
+    """None of them has a colon."""
+    for name, path in paths.items():
+        if ":" in path:
+            raise StackError(
+                "E-PATH",
+                f"{name} contains a colon: {path!r}",
+                why="it parts one path from the next where Compose is told of its files and of what to mount",
+                fix="use a directory without one",
+            )
 
 
 def check_architecture(host: Host) -> None:

@@ -21,7 +21,7 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as `6g`, `6GiB`, `512m` or `6442450944`; ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if not match:
         raise ValueError("not a size: write a number and a unit, such as 6g or 6144m")
     return int(float(match[1]) * _UNITS[match[2]])
@@ -33,7 +33,8 @@ def _size(value: Any) -> int | None:
     return value if isinstance(value, int) else parse_size(str(value))
 
 
-def _cpus(value: Any) -> float | None:
+def parse_cpus(value: Any) -> float | None:
+    """A number of CPUs, or None for `auto`; ValueError for anything else."""
     if value in ("", "auto", None):
         return None
     try:
@@ -111,7 +112,7 @@ class Settings(BaseModel):
         title="The stack",
         description="Memory for the whole stack, such as 8g. Empty: what the host has, less a reserve.",
     )
-    stack_cpus: Annotated[float | None, BeforeValidator(_cpus)] = Field(
+    stack_cpus: Annotated[float | None, BeforeValidator(parse_cpus)] = Field(
         None, title="The stack", description="CPUs to plan for. Empty: those of the host."
     )
     worker_memory: Size = Field(

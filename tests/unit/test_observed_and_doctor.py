@@ -170,6 +170,7 @@ def test_each_record_is_explained(name: str) -> None:
         Evidence(0),
         Evidence(0, events=[event("kill"), event("die", exitCode="137")]),
         Evidence(0, events=[event("die", exitCode="0")]),
+        Evidence(0, events=[event("die", exitCode="1", **{"com.docker.compose.oneoff": "True"})]),
         Evidence(0, inspected={"mlflow": inspected(Health={"Status": "healthy"})}),
         Evidence(0, names={ID: "mlflow"}, kernel=[(5, KILL.format("CONSTRAINT_MEMCG", id="another"))]),
         Evidence(0, disk={"/": 10**6}),
@@ -177,7 +178,8 @@ def test_each_record_is_explained(name: str) -> None:
     ],
 )
 def test_nothing_is_found_where_nothing_is_wrong(evidence: Evidence) -> None:
-    """Among it: a container that `make down` had to kill, and another stack's kernel kill."""
+    """Among it: a container that `make down` had to kill, `make dag-lint` that found something, and another stack's
+    kernel kill."""
     assert doctor.diagnose(evidence) == []
 
 

@@ -148,7 +148,19 @@ def test_a_quote_in_the_path_is_refused(tmp_path: Path) -> None:
     assert codes(errors) == ["E-PATH"]
 
 
-@pytest.mark.parametrize(("memory", "text"), [("2g", "STACK_MEMORY is 2.0 GiB; the stack needs"), ("9g", "host has")])
+@pytest.mark.parametrize("key", ["STACK_DIR", "DAGS_DIR", "PLUGINS_DIR"])
+def test_a_colon_in_a_path_is_refused(tmp_path: Path, key: str) -> None:
+    """Compose would read two paths."""
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    (folder / "requirements.txt").touch()
+    chosen = settings.DEFAULTS if key == "STACK_DIR" else settings.parse(f"{key}={folder}")
+    errors = preflight.before_engine(HOST, chosen, Instance(folder if key == "STACK_DIR" else tmp_path))
+    assert codes(errors) == ["E-PATH"]
+    assert key in errors[0].what
+
+
+@pytest.mark.parametrize(("memory", "text"), [("2g", "STACK_MEMORY is 2,048 MiB; the stack needs"), ("9g", "host has")])
 def test_stack_memory_must_carry_the_stack_and_fit_the_host(memory: str, text: str) -> None:
     with pytest.raises(StackError, match=text) as refused:
         preflight.plan_for(HOST, settings.parse(f"STACK_MEMORY={memory}"))

@@ -28,7 +28,7 @@ from psycopg2 import sql
 from bench import workloads
 from bench.report import said_of
 from bench.run import RESULTS, about, brief
-from bench.systems import WORK, Ours, fresh_dags
+from bench.systems import WORK, Ours, clean, fresh_dags, only_one
 from stack.airflow import Airflow
 from stack.console import Step, say
 from stack.errors import Exit, run_main
@@ -158,14 +158,13 @@ def by_files(ours: Ours, airflow: Airflow, counts: Sequence[int], curves: list[C
 
 def measure_apart(ours: Ours, measure: Callable[[Ours, Airflow], None]) -> None:
     """One part, on a stack of its own: what another left behind would be history."""
+    clean()
     fresh_dags()
-    ours.clean()
     with Step("start"):
         ours.up()
     with ours.airflow() as airflow:
-        for dag_id in ("bench_one", "bench_fan_out"):
-            airflow.wait_for_dag(dag_id)
-            airflow.set_paused(dag_id, False)
+        airflow.wait_for_dag("bench_fan_out")
+        airflow.set_paused("bench_fan_out", False)
         fan_out(airflow, 50)
         measure(ours, airflow)
 
@@ -227,18 +226,20 @@ def main(argv: Sequence[str]) -> int:
         "history": lambda ours, airflow: by_history(ours, airflow, arguments.rounds, curves),
         "files": lambda ours, airflow: by_files(ours, airflow, files, curves),
     }
-    ours, failed = Ours(), dict[str, str]()
+    ours, failed, images = Ours(), dict[str, str](), dict[str, str]()
     arguments.pictures.mkdir(parents=True, exist_ok=True)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    alone = only_one()
     try:
         for part in arguments.only or measures:
             try:
                 measure_apart(ours, measures[part])
+                images = ours.images()
             except Exception as error:
                 # The points that there are stay, and the other parts go on.
                 failed[part] = brief(error)
                 say(f"{part} failed: {error}")
-            facts = about(arguments.rounds, ours.images(), failed=failed)
+            facts = about(arguments.rounds, images, failed=failed)
             told = {curve.name: asdict(curve) for curve in curves}
             arguments.json.write_text(json.dumps({"about": facts, "curves": told}, indent=1) + "\n", encoding="utf-8")
             for curve in curves:
@@ -246,8 +247,11 @@ def main(argv: Sequence[str]) -> int:
                     path = arguments.pictures / f"growth-{curve.name}.svg"
                     path.write_text(picture(curve, facts) + "\n", encoding="utf-8")
     finally:
-        ours.clean()
-        shutil.rmtree(WORK, ignore_errors=True)
+        try:
+            clean()
+        finally:
+            shutil.rmtree(WORK, ignore_errors=True)
+            alone.close()
     say(f"wrote {arguments.json}, {arguments.pictures}/growth-*.svg")
     return Exit.FAILED if failed else Exit.DONE
 

@@ -43,7 +43,9 @@ class Measured:
     def ratio(self, other: Literal["peer", "floor"] = "peer") -> float | None:
         """Median of ours over median of the other's; None where the work differs, failed, or a side is missing."""
         others = getattr(self, other)
-        if self.problems or not self.ours or not others or len({one.work for one in (*self.ours, *others)}) != 1:
+        if self.problems or not self.ours or len(others) != len(self.ours):
+            return None
+        if len({one.work for one in (*self.ours, *others)}) != 1:
             return None
         ours, theirs = _median(self.ours), _median(others)
         return ours / theirs if theirs and math.isfinite(ours / theirs) else None
@@ -51,7 +53,9 @@ class Measured:
     def judged(self, workload: Workload) -> float | None:
         """The figure that the workload's target is about."""
         if workload.against == "alone":
-            return _median(self.ours) if self.ours else None
+            # What the peer could not do says nothing about ours.
+            ours_failed = any(not problem.startswith("peer") for problem in self.problems)
+            return _median(self.ours) if self.ours and not ours_failed else None
         return self.ratio(workload.against)
 
     def remarks(self) -> list[str]:
@@ -60,7 +64,7 @@ class Measured:
             return self.problems
         if not self.ours and not self.peer:
             return ["not run"]
-        return ["the two sides did different work: no ratio"]
+        return ["the two sides did different work, or not as often: no ratio"]
 
 
 def _median(samples: list[Sample]) -> float:

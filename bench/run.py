@@ -28,7 +28,7 @@ import psycopg2
 
 from bench import report, workloads
 from bench.report import Measured, Workload
-from bench.systems import WORK, DefaultMlflow, OfficialAirflow, Ours, Side, fresh_dags, settled
+from bench.systems import WORK, DefaultMlflow, OfficialAirflow, Ours, Side, clean, fresh_dags, only_one, settled
 from bench.tracking import Store, Tracking
 from bench.workloads import MIB, Measure, Sample
 from stack.airflow import Airflow
@@ -80,7 +80,9 @@ WHOLE_STACK = {"idle_memory", "memory_after"}
 
 
 FIRST_ROUND = {"edits", "load_run", "load_memory"}
-"""Measured once: they take minutes, and the peer looks for new files every five."""
+"""Measured in one round: they take minutes, and the peer looks for new files every five."""
+WARMING = {"trigger_to_start", "fan_out", "chain"}
+"""After these the worker and the API server are warm."""
 
 
 def brief(error: BaseException) -> str:
@@ -103,13 +105,14 @@ class Bench:
         self.quick = quick
         # "After these" is after something.
         only = only | (set(RATES) if "mlflow_memory" in only else set())
-        only = only | ({"trigger_to_start", "fan_out", "chain"} if "memory_after" in only else set())
+        only = only | (WARMING if "memory_after" in only else set())
         self.measured = {name: Measured() for name in WORKLOADS if not only or name in only}
         self.ours = Ours()
         self.peer = OfficialAirflow(self.ours)
         self.peer_mlflow = DefaultMlflow(self.ours)
         self._peer_mlflow_idle: list[float] = []
         self.images: dict[str, str] = {}
+        self.commit, self.sources = commit(), sources()
         fan = 20 if quick else 200
         self.airflow: dict[str, Measure] = {
             "trigger_to_start": workloads.trigger_to_start(1 if quick else 10),
@@ -120,9 +123,8 @@ class Bench:
             "large_cpu": workloads.dag("bench_large_cpu", warm=False),
         }
         if quick:
-            # The same code as the others.
-            for name in ("small_cpu", "large_cpu"):
-                del self.airflow[name]
+            # The same code as the next.
+            del self.airflow["small_cpu"]
 
     def _take(self, side: str, name: str, measure: Callable[[], Sample]) -> bool:
         """One sample; what could not be measured is told (and False), whatever it was, and the rest goes on."""
@@ -142,6 +144,7 @@ class Bench:
         """Both sides once, the other one first in every second round. Nothing where the images are no longer those
         of the rounds before."""
         try:
+            clean()
             fresh_dags()
             # The peer takes our image names from here.
             self.ours.init()
@@ -151,8 +154,8 @@ class Bench:
             self._lacks(f"round {number + 1} failed: {brief(error)}", number)
             return
         self.images = self.images or images
-        if images != self.images:
-            problem = f"round {number + 1} failed: the sources were changed, its images would be others"
+        if (images, sources()) != (self.images, self.sources):
+            problem = f"round {number + 1} failed: the sources were changed, it would measure another stack"
             say(f"    {problem}")
             self._lacks(problem, number)
             return
@@ -160,30 +163,27 @@ class Bench:
         for side in in_turn(sides, number):
             if side is self.peer and not set(self.measured) - MLFLOW:
                 continue
-            fresh_dags()
             try:
+                clean()
+                fresh_dags()
                 if self._one_side(side, number) and side is self.ours:
                     self._mlflow(number)
             except Exception as error:
                 # Hours of measurements are not thrown away for what one side could not do.
                 say(f"    {side.name} failed: {error}")
                 self._lacks(f"{side.name} failed in round {number + 1}: {brief(error)}", number, side)
-            finally:
-                self.peer_mlflow.clean()
-                side.clean()
 
     def _lacks(self, problem: str, number: int, side: Side | None = None) -> None:
         """The workloads that have no figure of this round, by one side or by both, say why."""
         for name, found in self.measured.items():
             due = 1 if name in FIRST_ROUND else number + 1
             # MLflow is measured with our side, the peer's too.
-            of = "ours" if side is None or name in MLFLOW else side.name
-            if len(getattr(found, of)) < due and not (side is self.peer and name in MLFLOW):
+            of = [side.name] if side and name not in MLFLOW else ["ours", "peer"]
+            if min(len(getattr(found, one)) for one in of) < due and not (side is self.peer and name in MLFLOW):
                 found.problems.append(problem)
 
     def _one_side(self, side: Side, number: int) -> bool:
         """Its Airflow's part; whether it came up."""
-        side.clean()
         if "cold_start" not in self.measured:
             with Step(f"{side.name}: start"):
                 side.up()
@@ -195,11 +195,13 @@ class Bench:
             self._take(side.name, "warm_start", lambda: Sample(side.up(), "start"))
         with side.airflow() as airflow:
             airflow.wait_for_dag("bench_one", patience=600)
-            if not self.quick and {"idle_cpu", "idle_memory"} & set(self.measured):
+            if {"idle_cpu", "idle_memory"} & set(self.measured):
                 with Step(f"{side.name}: idle, once its start is over"):
-                    time.sleep(60)
-                    found = workloads.idle(120)(side.project)
+                    time.sleep(1 if self.quick else workloads.SETTLE_S)
+                    found = workloads.idle(5 if self.quick else 120)(side.project)
                 self._keep(side.name, found)
+            if not WARMING & set(self.measured):
+                workloads.run_dag(airflow, "bench_one")
             done = [
                 name
                 for name, measure in self.airflow.items()
@@ -209,21 +211,28 @@ class Bench:
                 # What can be given back has been.
                 time.sleep(workloads.SETTLE_S)
             self._take(side.name, "memory_after", partial(workloads.memory_now, side.project, done))
-            if not self.quick and not number:
-                self._first_round(side, airflow)
-            if side is self.ours and "large_cpu" in self.airflow:
+            if side is self.ours:
                 alone = partial(self.ours.python_alone, fibonacci=33, times=10)
                 self._take("floor", "large_cpu", lambda: Sample(alone(), "10 success"))
+            # The peer would look for new files in five minutes.
+            if not number and (side is self.ours or not self.quick):
+                self._first_round(side, airflow)
         return True
 
     def _first_round(self, side: Side, airflow: Airflow) -> None:
         """FIRST_ROUND."""
-        self._take(side.name, "edits", partial(workloads.edits(50), airflow))
+        edits = workloads.edits(2, 1) if self.quick else workloads.edits(50)
+        self._take(side.name, "edits", partial(edits, airflow))
         if not {"load_run", "load_memory"} & set(self.measured):
             return
-        with Step(f"{side.name}: 10 minutes of load"):
+        load = (
+            workloads.load(side.project, dags=2, tasks=1, minutes=1, settle=1)
+            if self.quick
+            else workloads.load(side.project, dags=100, tasks=5, minutes=10)
+        )
+        with Step(f"{side.name}: {'a moment' if self.quick else '10 minutes'} of load"):
             try:
-                found = workloads.load(side.project, dags=100, tasks=5, minutes=10)(airflow)
+                found = load(airflow)
             except Exception as error:
                 for name in {"load_run", "load_memory"} & set(self.measured):
                     self.measured[name].problems.append(f"{side.name} failed: {brief(error)}")
@@ -258,10 +267,9 @@ class Bench:
                 ours.address("mlflow"),
                 # As tasks do: with a login whose permissions are asked for.
                 ("airflow", ours.secret("mlflow_airflow_password")),
-                lambda now: now.by_service["mlflow"][1],
                 ours.project,
             ),
-            "peer": Tracking(peer.address("mlflow"), None, lambda now: now.memory, peer.project),
+            "peer": Tracking(peer.address("mlflow"), None, peer.project),
         }
         if WHOLE_STACK & set(self.measured):
             self._peer_mlflow_idle.append(servers["peer"].memory() / MIB)
@@ -283,9 +291,10 @@ class Bench:
         """Each size through each, in turn: what the machine does meanwhile meets all of them."""
         for size, length in ARTIFACTS.items():
             up, down, memory = f"up_{size}", f"down_{size}", "artifact_memory"
-            whole = length == max(ARTIFACTS.values())
-            wanted = {up, down} | ({memory} if whole else set())
-            if not wanted & set(self.measured) or (self.quick and length > 10**6):
+            if self.quick and length > 10**6:
+                continue
+            whole = self.quick or length == max(ARTIFACTS.values())
+            if not {up, down, *([memory] if whole else [])} & set(self.measured):
                 continue
             file = artifact(length)
             for side, place in places:
@@ -295,7 +304,8 @@ class Bench:
                 if up not in self.measured:
                     place.upload(file)
                 if not self._take(side, up, partial(place.upload, file)):
-                    for name in wanted & set(self.measured) - {up}:
+                    lacking = {down, *([memory] if whole and isinstance(place, Tracking) else [])}
+                    for name in lacking & set(self.measured):
                         self.measured[name].problems.append(f"{side} failed: there was nothing to take down again")
                     continue
                 self._take(side, down, partial(place.download, file))
@@ -323,9 +333,10 @@ class Bench:
 
     def clean(self) -> None:
         """Nothing of it is left."""
-        for side in (self.peer_mlflow, self.peer, self.ours):
-            side.clean()
-        shutil.rmtree(WORK, ignore_errors=True)
+        try:
+            clean()
+        finally:
+            shutil.rmtree(WORK, ignore_errors=True)
 
 
 def artifact(length: int) -> Path:
@@ -338,14 +349,26 @@ def artifact(length: int) -> Path:
     return path
 
 
+def told(*words: str) -> str:
+    """What a command prints, in the clone; nothing where it fails."""
+    return capture(words, timeout=30, check=False, cwd=ROOT).out.strip()
+
+
+def commit() -> str:
+    """The clone's commit, with a plus where files were changed since."""
+    changed = "+" if told("git", "status", "--porcelain", "--untracked-files=no") else ""
+    return told("git", "rev-parse", "--short", "HEAD") + changed
+
+
+def sources() -> str:
+    """What either side is started from, and is in no image's tag."""
+    folders = ("compose.yaml", "compose", "config", "scripts", "bench/peer", "bench/dags")
+    return told("git", "ls-tree", "HEAD", *folders) + told("git", "diff", "HEAD", "--", *folders)
+
+
 def about(rounds: int, images: dict[str, str], **more: object) -> dict[str, object]:
     """The machine, the versions, the day."""
-
-    def told(*words: str) -> str:
-        return capture(words, timeout=30, check=False, cwd=ROOT).out.strip()
-
     models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    changed = "+" if told("git", "status", "--porcelain", "--untracked-files=no") else ""
     return {
         "date": datetime.now(tz=timezone.utc).isoformat(timespec="seconds"),
         "rounds": rounds,
@@ -356,7 +379,7 @@ def about(rounds: int, images: dict[str, str], **more: object) -> dict[str, obje
         "engine": told("docker", "version", "--format", "{{.Server.Version}}"),
         "compose": told("docker", "compose", "version", "--short"),
         "python": platform.python_version(),
-        "commit": told("git", "rev-parse", "--short", "HEAD") + changed,
+        "commit": commit(),
         "images": images,
         **more,
     }
@@ -374,21 +397,22 @@ def main(argv: Sequence[str]) -> int:
     only = set(arguments.only.split())
     if only - set(WORKLOADS):
         parser.error(f"no such workload: {' '.join(sorted(only - set(WORKLOADS)))}")
-    rounds = 1 if arguments.quick else arguments.rounds
-    bench = Bench(quick=arguments.quick, only=only)
+    rounds = 1 if arguments.quick else max(1, arguments.rounds)
+    bench, alone = Bench(quick=arguments.quick, only=only), only_one()
     try:
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             bench.round(number)
-            facts = about(number + 1, bench.images, quick=arguments.quick, only=sorted(only))
+            facts = about(number + 1, bench.images, commit=bench.commit, quick=arguments.quick, only=sorted(only))
             found = bench.results()
             report.to_json(facts, WORKLOADS, found, arguments.json)
             arguments.picture.parent.mkdir(parents=True, exist_ok=True)
             arguments.picture.write_text(report.picture(facts, WORKLOADS, found) + "\n", encoding="utf-8")
+        print(report.table({name: WORKLOADS[name] for name in found}, found), flush=True)
+        say(f"wrote {arguments.json}, {arguments.picture}")
     finally:
         bench.clean()
-    print(report.table({name: WORKLOADS[name] for name in found}, found))
-    say(f"wrote {arguments.json}, {arguments.picture}")
+        alone.close()
     if arguments.quick:
         say("a quick look: that it runs is all that it says")
     failed = [name for name, one in found.items() if any("failed" in problem for problem in one.problems)]

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 WORK = VAR / "bench"
 DAGS = WORK / "dags"
 OURS, PEER, PEER_MLFLOW = "mlstack-bench", "mlstack-bench-peer", "mlstack-bench-peer-mlflow"
-START_S, STOP_S = 900, 300
+START_S, STOP_S = 900, 720
 QUIET, QUIET_FOR_S = 0.1, 5
 """Cores that something which is healthy and idle stays below, and for how long."""
 SECRET = "benchmark"
@@ -66,24 +66,47 @@ class Usage:
         return {name: round(used / 2**20, 1) for name, (_, used) in self.by_service.items()}
 
 
-def usage(*projects: str) -> Usage:
-    """CPU and memory of all running containers of some projects, from the engine's own accounting."""
+def usage(project: str, service: str = "") -> Usage:
+    """CPU and memory of a project's running containers, or of one service's, from the engine's own accounting."""
     found: dict[str, tuple[float, int]] = {}
     transport = httpx.HTTPTransport(uds="/var/run/docker.sock")
     with httpx.Client(transport=transport, base_url="http://engine", timeout=30) as engine:
-        for project in projects:
-            for one in compose.containers(project):
-                if one.state != "running":
-                    continue
-                answer = engine.get(f"/containers/{one.id}/stats", params={"stream": "false", "one-shot": "true"})
-                told: dict[str, Any] = answer.raise_for_status().json()
-                memory = told["memory_stats"].get("stats", {})
-                # As the kernel lists them, shared memory among them; with cgroup v1 the sums have names of their own.
-                total = "total_" if "total_active_anon" in memory else ""
-                used = sum(int(memory[f"{total}{kind}_anon"]) for kind in ("active", "inactive"))
-                name = one.service if project == projects[0] else f"{project}/{one.service}"
-                found[name] = (told["cpu_stats"]["cpu_usage"]["total_usage"] / 1e9, used)
+        for one in compose.containers(project):
+            if one.state != "running" or service not in ("", one.service):
+                continue
+            answer = engine.get(f"/containers/{one.id}/stats", params={"stream": "false", "one-shot": "true"})
+            told: dict[str, Any] = answer.raise_for_status().json()
+            memory = told["memory_stats"].get("stats", {})
+            # As the kernel lists them, shared memory among them; with cgroup v1 the sums have names of their own.
+            total = "total_" if "total_active_anon" in memory else ""
+            used = sum(int(memory[f"{total}{kind}_anon"]) for kind in ("active", "inactive"))
+            found[one.service] = (told["cpu_stats"]["cpu_usage"]["total_usage"] / 1e9, used)
     return Usage(sum(cpu for cpu, _ in found.values()), sum(memory for _, memory in found.values()), found)
+
+
+def only_one() -> socket.socket:
+    """Held by the one benchmark of this machine: another one would delete its containers. Raises StackError."""
+    held = socket.socket(socket.AF_UNIX)
+    try:
+        # A name without a file: it is free again when this process has ended, however that was.
+        held.bind(f"\0{OURS}")
+    except OSError as error:
+        held.close()
+        raise StackError(
+            "E-BENCH",
+            "another `make bench` or `make growth` runs on this machine",
+            why="both would use the same containers, and each would slow the other down",
+            fix="wait for it, or end it",
+        ) from error
+    return held
+
+
+def clean() -> None:
+    """Deletes all sides, also what a run left that was ended by force: beside it nothing is measured."""
+    with contextlib.ExitStack() as each:
+        # The last one first: it is on the network of the first. One that fails does not keep the others.
+        for project in (OURS, PEER, PEER_MLFLOW):
+            each.callback(compose.remove_project, project)
 
 
 def settled(project: str) -> None:
@@ -119,10 +142,6 @@ class Side:
     def down(self) -> None:
         """Stops it; data is kept."""
         raise NotImplementedError
-
-    def clean(self) -> None:
-        """Deletes it."""
-        compose.remove_project(self.project)
 
     def airflow(self) -> Airflow:
         """Its API, with a login."""
@@ -240,7 +259,7 @@ class OfficialAirflow(Composed):
 class DefaultMlflow(Composed):
     """`mlflow server` with its defaults, on our running Postgres and MinIO."""
 
-    name, project, file = "peer", PEER_MLFLOW, "mlflow.yaml"
+    project, file = PEER_MLFLOW, "mlflow.yaml"
 
     def variables(self) -> dict[str, str]:
         return {

@@ -11,7 +11,7 @@ from pathlib import Path
 import boto3
 import httpx
 
-from bench.systems import Usage, usage
+from bench.systems import usage
 from bench.workloads import MIB, Sample
 
 CLIENTS = 8
@@ -24,9 +24,7 @@ MOST_TIMES, BYTES = 20, 3 * 10**8
 class Tracking:
     """One MLflow server, by its REST API."""
 
-    def __init__(
-        self, address: str, login: tuple[str, str] | None, memory: Callable[[Usage], int], project: str
-    ) -> None:
+    def __init__(self, address: str, login: tuple[str, str] | None, project: str) -> None:
         self.http = httpx.Client(
             base_url=f"http://{address}:5000",
             auth=login,
@@ -35,7 +33,6 @@ class Tracking:
             timeout=300,
             limits=httpx.Limits(max_connections=CLIENTS),
         )
-        self._memory = memory
         self._project = project
         self.experiment = self.post("experiments/create", name=f"bench-{time.time_ns()}")["experiment_id"]
         # A login that is no admin's writes to a run of its own.
@@ -54,7 +51,7 @@ class Tracking:
 
     def memory(self) -> int:
         """Bytes of the server's container."""
-        return self._memory(usage(self._project))
+        return usage(self._project, "mlflow").memory
 
     def memory_after(self, done: Sequence[str]) -> Sample:
         """MiB of the server, after these."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 
-from bench import report, run
+from bench import report, run, systems
 from bench.report import Measured
 from bench.run import WORKLOADS, Bench, about
 from bench.workloads import Sample
+from stack.errors import StackError
+from stack.instance import ROOT
 
 FACTS = about(1, {})
 
@@ -34,6 +38,7 @@ def test_a_ratio_is_that_of_the_medians() -> None:
     [
         Measured(samples(1), samples(2, work="other")),
         Measured(samples(1), []),
+        Measured(samples(1, 1), samples(2)),
         Measured(samples(1, 1), samples(2), [], ["peer failed: it did"]),
     ],
 )
@@ -45,6 +50,12 @@ def test_there_is_none_of_different_work_or_of_what_failed(found: Measured, tmp_
     told = json.loads((tmp_path / "deep/found.json").read_text())["workloads"]["fan_out"]
     assert (told["ratio"], told["judged"]) == (None, None)
     assert told["ours"]["median"] == 1
+
+
+@pytest.mark.parametrize(("problem", "judged"), [("peer failed: it did", 1), ("ours failed: it did", None)])
+def test_what_stands_alone_is_not_judged_where_ours_failed(problem: str, judged: float | None) -> None:
+    found = Measured(samples(1), [], [], [problem])
+    assert found.judged(WORKLOADS["load_memory"]) == judged
 
 
 def test_the_picture_says_what_failed_and_where_it_was() -> None:
@@ -65,6 +76,29 @@ def test_a_side_that_failed_lacks_what_it_has_not_measured(bench: Bench) -> None
     assert found["fan_out"] == ["peer failed"]
     assert found["edits"] == []
     assert found["up_2GB"] == ["ours failed"]
+    # Ours was measured, the peer's MLflow not.
+    bench.measured["up_2GB"].ours = samples(1, 1, 1)
+    bench._lacks("ours failed again", 2, bench.ours)
+    assert bench.measured["up_2GB"].problems == ["ours failed", "ours failed again"]
+
+
+def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not the name that a benchmark has now.
+    monkeypatch.setattr(systems, "OURS", f"test-{os.getpid()}")
+    held = systems.only_one()
+    with pytest.raises(StackError, match="another"):
+        systems.only_one()
+    held.close()
+    systems.only_one().close()
+
+
+def test_what_is_hidden_from_the_peer_is_where_the_images_have_it() -> None:
+    """Docker makes a path that is not there, and the peer would run with our plugins."""
+    for image, folder in (("airflow", "."), ("mlflow", "plugin")):
+        peer = (ROOT / "bench/peer" / f"{image}.yaml").read_text(encoding="utf-8")
+        ((packages, name),) = re.findall(r"(/opt/venv/lib/\S+/site-packages)/([\w.-]+\.dist-info)", peer)
+        assert (ROOT / "dockerfiles" / image / folder / name / "entry_points.txt").is_file()
+        assert packages in (ROOT / "dockerfiles" / image / "Dockerfile").read_text(encoding="utf-8")
 
 
 def test_memory_after_is_after_something(bench: Bench) -> None:

@@ -57,8 +57,8 @@ class WorkerSizing(_Model):
     max_slots: int
 
 
-class WebSizing(_Model):
-    """Processes of a web service: MiB and CPUs for each, and how many at the most."""
+class ProcessSizing(_Model):
+    """Parallel processes of a service: MiB and CPUs for each, and how many at the most."""
 
     per_worker: int
     cpus_per_worker: float = Field(gt=0)
@@ -72,8 +72,9 @@ class Sizing(_Model):
     services: dict[str, ServiceSizing]
     opt_in: dict[str, ServiceSizing]
     worker: WorkerSizing
-    apiserver: WebSizing
-    mlflow: WebSizing
+    apiserver: ProcessSizing
+    mlflow: ProcessSizing
+    dag_processor: ProcessSizing
 
     @property
     def floor(self) -> int:
@@ -110,6 +111,7 @@ class Plan(_Model):
     """MiB that all tasks together can have, and so the most that one can ask for."""
     apiserver_workers: int
     mlflow_workers: int
+    dag_parsers: int
     parallelism: int
     postgres_connections: int
 
@@ -132,6 +134,7 @@ class Plan(_Model):
             "AIRFLOW_PARALLELISM": str(self.parallelism),
             "APISERVER_WORKERS": str(self.apiserver_workers),
             "MLFLOW_WORKERS": str(self.mlflow_workers),
+            "DAG_PARSERS": str(self.dag_parsers),
             "POSTGRES_SHARED_BUFFERS": f"{min(postgres // 4, MOST_SHARED_BUFFERS)}MB",
             "POSTGRES_EFFECTIVE_CACHE": f"{postgres * 3 // 4}MB",
             "POSTGRES_SHM": f"{max(64, postgres // 4)}m",
@@ -180,7 +183,7 @@ def make_plan(
         ways += [f"set {name.upper()}=off ({sizing.opt_in[name].floor} MiB)" for name in opted]
         raise StackError(
             "E-MEM-LOW",
-            f"{source} {memory / 1024:.1f} GiB; the stack needs {math.ceil(needed / 102.4) / 10:.1f} GiB",
+            f"{source} {memory:,} MiB; the stack needs {needed:,} MiB",
             why="with less, the kernel would kill services under load: that is the WorkerLostError of the tutorials",
             fix=" or ".join(ways),
         )
@@ -188,8 +191,8 @@ def make_plan(
         sizing = _with_worker(sizing, worker, budget)
     limits = _share(sizing, budget)
     slots, task_budget, capacity = _slots(sizing.worker, limits["worker"], cpus, task)
-    apiserver_workers = _web_workers(sizing.apiserver, limits["apiserver"], cpus)
-    mlflow_workers = _web_workers(sizing.mlflow, limits["mlflow"], cpus)
+    apiserver_workers = _processes(sizing.apiserver, limits["apiserver"], cpus)
+    mlflow_workers = _processes(sizing.mlflow, limits["mlflow"], cpus)
     return Plan(
         memory=memory,
         budget=budget,
@@ -201,6 +204,7 @@ def make_plan(
         task_capacity=capacity,
         apiserver_workers=apiserver_workers,
         mlflow_workers=mlflow_workers,
+        dag_parsers=_processes(sizing.dag_processor, limits["dag_processor"], cpus),
         # A few more than slots keep the queue from running dry while the scheduler rests; with many more an
         # urgent task would stand behind all of them. Where it runs dry all the same, wakeup.pace sends more.
         parallelism=slots + 8,
@@ -273,7 +277,7 @@ def _share(sizing: Sizing, budget: int) -> dict[str, int]:
     return {name: max(sizing.services[name].floor, int(limit) // 8 * 8) for name, limit in limits.items()}
 
 
-def _web_workers(sizing: WebSizing, limit: int, cpus: float) -> int:
+def _processes(sizing: ProcessSizing, limit: int, cpus: float) -> int:
     return max(1, min(limit // sizing.per_worker, int(cpus / sizing.cpus_per_worker), sizing.max_workers))
 
 
@@ -283,7 +287,8 @@ def render(plan: Plan) -> str:
         f"memory {plan.memory / 1024:.1f} GiB, {plan.cpus:g} CPUs; budget {plan.budget} MiB, planned {plan.total} MiB",
         f"worker: {plan.worker_slots} slots, {plan.task_budget} MiB for each task, "
         f"up to {plan.task_capacity} MiB for one that asks",
-        f"API server: {plan.apiserver_workers} process(es); MLflow: {plan.mlflow_workers}",
+        f"API server: {plan.apiserver_workers} process(es); MLflow: {plan.mlflow_workers}; "
+        f"DAG files read at once: {plan.dag_parsers}",
         "",
         f"{'service':<16}{'limit MiB':>10}{'reserved':>10}",
     ]
@@ -314,4 +319,5 @@ def render_examples(sizing: Sizing) -> str:
     row("MiB for one task at the most", [plan.task_capacity for plan in plans])
     row("API server processes", [plan.apiserver_workers for plan in plans])
     row("MLflow processes", [plan.mlflow_workers for plan in plans])
+    row("DAG files read at once", [plan.dag_parsers for plan in plans])
     return "\n".join(rows)

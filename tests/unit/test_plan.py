@@ -88,7 +88,7 @@ def test_below_the_floor_is_refused_with_the_figure(whole: bool, data: st.DataOb
     smallest = SIZING.floor if whole else SMALLEST
     assert accepted(smallest, whole=whole)
     memory = data.draw(st.integers(min_value=0, max_value=smallest - 1))
-    with pytest.raises(StackError, match=rf"{memory / 1024:.1f} GiB; the stack needs \d+\.\d GiB") as refused:
+    with pytest.raises(StackError, match=rf" {memory:,} MiB; the stack needs {smallest:,} MiB") as refused:
         plan.make_plan(SIZING, memory, 2, whole=whole)
     assert refused.value.code == "E-MEM-LOW"
 
@@ -144,9 +144,9 @@ def test_the_figure_that_a_refusal_names_is_enough() -> None:
         for whole in (True, False):
             with pytest.raises(StackError) as refused:
                 plan.make_plan(sizing, 1024, 2, whole=whole)
-            needed = re.search(r"needs ([\d.]+) GiB", refused.value.what)
+            needed = re.search(r"needs ([\d,]+) MiB", refused.value.what)
             assert needed
-            plan.make_plan(sizing, int(float(needed[1]) * 1024), 2, whole=whole)
+            plan.make_plan(sizing, int(needed[1].replace(",", "")), 2, whole=whole)
 
 
 def test_docs_hold_the_table_that_the_program_makes() -> None:

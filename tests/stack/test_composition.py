@@ -110,6 +110,22 @@ def test_limits(stack: StackUnderTest, inspected: dict[str, dict[str, Any]], exp
         assert total <= stack.settings.stack_memory
 
 
+@pytest.mark.parametrize(
+    ("service", "variable", "planned"),
+    [
+        ("airflow-apiserver", "AIRFLOW__API__WORKERS", "APISERVER_WORKERS"),
+        ("airflow-dag-processor", "AIRFLOW__DAG_PROCESSOR__PARSING_PROCESSES", "DAG_PARSERS"),
+        ("airflow-worker", "AIRFLOW__CELERY__WORKER_CONCURRENCY", "WORKER_CONCURRENCY"),
+        ("mlflow", "MLFLOW_WORKERS", "MLFLOW_WORKERS"),
+    ],
+)
+def test_processes(
+    stack: StackUnderTest, inspected: dict[str, dict[str, Any]], service: str, variable: str, planned: str
+) -> None:
+    """As many as planned."""
+    assert f"{variable}={stack.compose.values[planned]}" in inspected[service]["Config"]["Env"]
+
+
 def test_privileges(inspected: dict[str, dict[str, Any]], expected: dict[str, Expected]) -> None:
     """No capability, no way to gain one, a read-only root, capped logs, the right restart policy."""
     for service, want in expected.items():

@@ -13,22 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 from xml.sax.saxutils import escape
 
-import psycopg2
 from psycopg2 import sql
 
 from bench import workloads
 from bench.report import said_of
 from bench.run import RESULTS, about, brief
-from bench.systems import WORK, Ours, clean, fresh_dags, only_one
+from bench.systems import Ours, clean, fresh_dags, workplace
 from stack.airflow import Airflow
 from stack.console import Step, say
 from stack.errors import Exit, run_main
@@ -70,22 +67,16 @@ def fan_out(airflow: Airflow, tasks: int) -> float:
     return max(workloads.follow(airflow, dag_id, run_id, 3600) for run_id in runs) - asked
 
 
-def database(ours: Ours) -> Any:
-    """A connection to Airflow's database."""
-    password = ours.secret("airflow_db_password")
-    return psycopg2.connect(host=ours.address("postgres"), user="airflow", dbname="airflow", password=password)
-
-
 def instances(ours: Ours) -> int:
     """How many task instances there are."""
-    with database(ours) as connection, connection.cursor() as cursor:
+    with ours.database("airflow") as connection, connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM task_instance")
         return int(cursor.fetchone()[0])
 
 
 def write_history(ours: Ours, dag_id: str, run_id: str) -> None:
     """Copies a run and its task instances HISTORY_RUNS times into the past."""
-    with database(ours) as connection, connection.cursor() as cursor:
+    with ours.database("airflow") as connection, connection.cursor() as cursor:
         for table in ("dag_run", "task_instance"):
             cursor.execute(
                 "SELECT column_name, data_type FROM information_schema.columns"
@@ -229,8 +220,7 @@ def main(argv: Sequence[str]) -> int:
     ours, failed, images = Ours(), dict[str, str](), dict[str, str]()
     arguments.pictures.mkdir(parents=True, exist_ok=True)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    alone = only_one()
-    try:
+    with workplace():
         for part in arguments.only or measures:
             try:
                 measure_apart(ours, measures[part])
@@ -246,12 +236,6 @@ def main(argv: Sequence[str]) -> int:
                 if curve.points:
                     path = arguments.pictures / f"growth-{curve.name}.svg"
                     path.write_text(picture(curve, facts) + "\n", encoding="utf-8")
-    finally:
-        try:
-            clean()
-        finally:
-            shutil.rmtree(WORK, ignore_errors=True)
-            alone.close()
     say(f"wrote {arguments.json}, {arguments.pictures}/growth-*.svg")
     return Exit.FAILED if failed else Exit.DONE
 

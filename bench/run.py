@@ -15,7 +15,6 @@ import argparse
 import os
 import platform
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,11 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import psycopg2
-
 from bench import report, workloads
 from bench.report import Measured, Workload
-from bench.systems import WORK, DefaultMlflow, OfficialAirflow, Ours, Side, clean, fresh_dags, only_one, settled
+from bench.systems import WORK, DefaultMlflow, OfficialAirflow, Ours, Side, clean, fresh_dags, settled, workplace
 from bench.tracking import Store, Tracking
 from bench.workloads import MIB, Measure, Sample
 from stack.airflow import Airflow
@@ -144,7 +141,6 @@ class Bench:
         """Both sides once, the other one first in every second round. Nothing where the images are no longer those
         of the rounds before."""
         try:
-            clean()
             fresh_dags()
             # The peer takes our image names from here.
             self.ours.init()
@@ -248,15 +244,7 @@ class Bench:
         if not (MLFLOW | WHOLE_STACK) & set(self.measured):
             return
         ours, peer = self.ours, self.peer_mlflow
-        with (
-            psycopg2.connect(
-                host=ours.address("postgres"),
-                user="mlflow",
-                dbname="mlflow",
-                password=ours.secret("mlflow_db_password"),
-            ) as connection,
-            connection.cursor() as cursor,
-        ):
+        with ours.database("mlflow") as connection, connection.cursor() as cursor:
             cursor.execute("CREATE SCHEMA IF NOT EXISTS peer")
         with Step("peer: MLflow"):
             peer.up()
@@ -331,13 +319,6 @@ class Bench:
             found[name] = replace(alone, peer=peer)
         return found
 
-    def clean(self) -> None:
-        """Nothing of it is left."""
-        try:
-            clean()
-        finally:
-            shutil.rmtree(WORK, ignore_errors=True)
-
 
 def artifact(length: int) -> Path:
     """A file of that many bytes, which no compression makes smaller."""
@@ -398,8 +379,8 @@ def main(argv: Sequence[str]) -> int:
     if only - set(WORKLOADS):
         parser.error(f"no such workload: {' '.join(sorted(only - set(WORKLOADS)))}")
     rounds = 1 if arguments.quick else max(1, arguments.rounds)
-    bench, alone = Bench(quick=arguments.quick, only=only), only_one()
-    try:
+    bench = Bench(quick=arguments.quick, only=only)
+    with workplace():
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             bench.round(number)
@@ -410,9 +391,6 @@ def main(argv: Sequence[str]) -> int:
             arguments.picture.write_text(report.picture(facts, WORKLOADS, found) + "\n", encoding="utf-8")
         print(report.table({name: WORKLOADS[name] for name in found}, found), flush=True)
         say(f"wrote {arguments.json}, {arguments.picture}")
-    finally:
-        bench.clean()
-        alone.close()
     if arguments.quick:
         say("a quick look: that it runs is all that it says")
     failed = [name for name, one in found.items() if any("failed" in problem for problem in one.problems)]

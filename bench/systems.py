@@ -11,11 +11,13 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg2
 
 from stack import compose
 from stack.airflow import Airflow
@@ -84,21 +86,35 @@ def usage(project: str, service: str = "") -> Usage:
     return Usage(sum(cpu for cpu, _ in found.values()), sum(memory for _, memory in found.values()), found)
 
 
-def only_one() -> socket.socket:
-    """Held by the one benchmark of this machine: another one would delete its containers. Raises StackError."""
-    held = socket.socket(socket.AF_UNIX)
-    try:
-        # A name without a file: it is free again when this process has ended, however that was.
-        held.bind(f"\0{OURS}")
-    except OSError as error:
-        held.close()
-        raise StackError(
-            "E-BENCH",
-            "another `make bench` or `make growth` runs on this machine",
-            why="both would use the same containers, and each would slow the other down",
-            fix="wait for it, or end it",
-        ) from error
-    return held
+@contextlib.contextmanager
+def only_one() -> Iterator[None]:
+    """For the one benchmark of this machine: another one would delete its containers. Raises StackError."""
+    with socket.socket(socket.AF_UNIX) as held:
+        try:
+            # A name without a file: it is free again when this process has ended, however that was.
+            held.bind(f"\0{OURS}")
+        except OSError as error:
+            raise StackError(
+                "E-BENCH",
+                "another `make bench` or `make growth` runs on this machine",
+                why="both would use the same containers, and each would slow the other down",
+                fix="wait for it, or end it",
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[None]:
+    """Where a benchmark works: nothing is there before it, and nothing is left."""
+    with only_one():
+        clean()
+        try:
+            yield
+        finally:
+            try:
+                clean()
+            finally:
+                shutil.rmtree(WORK, ignore_errors=True)
 
 
 def clean() -> None:
@@ -195,6 +211,11 @@ class Ours(Side):
     def secret(self, name: str) -> str:
         """One of its generated secrets."""
         return (self.instance.secrets / name).read_text(encoding="utf-8").strip()
+
+    def database(self, role: str) -> Any:
+        """A connection to a role's own database, with its login."""
+        password = self.secret(f"{role}_db_password")
+        return psycopg2.connect(host=self.address("postgres"), user=role, dbname=role, password=password)
 
     def airflow(self) -> Airflow:
         return Airflow(f"http://localhost:{self.ports[0]}", "admin", self.secret("admin_password"))

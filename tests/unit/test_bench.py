@@ -85,11 +85,10 @@ def test_a_side_that_failed_lacks_what_it_has_not_measured(bench: Bench) -> None
 def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     # Not the name that a benchmark has now.
     monkeypatch.setattr(systems, "OURS", f"test-{os.getpid()}")
-    held = systems.only_one()
-    with pytest.raises(StackError, match="another"):
-        systems.only_one()
-    held.close()
-    systems.only_one().close()
+    with systems.only_one(), pytest.raises(StackError, match="another"), systems.only_one():
+        pass
+    with systems.only_one():
+        pass
 
 
 def test_what_is_hidden_from_the_peer_is_where_the_images_have_it() -> None:

@@ -26,6 +26,8 @@ from types import ModuleType
 from typing import Any
 
 import boto3
+import psycopg2
+import psycopg2.extensions
 import pytest
 from botocore.client import BaseClient
 from botocore.config import Config
@@ -121,6 +123,11 @@ class StackUnderTest:
         """The container's address on the back-end network, which the host itself can reach."""
         networks = self.inspect(service)["NetworkSettings"]["Networks"]
         return str(networks[f"{self.compose.project}_backend"]["IPAddress"])
+
+    def database(self, role: str) -> psycopg2.extensions.connection:
+        """A connection to a role's own database, with its login."""
+        password = self.secret(f"{role}_db_password")
+        return psycopg2.connect(host=self.address("postgres"), user=role, dbname=role, password=password)
 
     def exec(self, service: str, *words: str, timeout: float = 60) -> Run:
         return run("docker", "exec", self.container(service), *words, timeout=timeout)

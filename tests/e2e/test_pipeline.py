@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import mlflow
-import psycopg2
 import pytest
 from mlflow import MlflowClient
 
@@ -94,12 +93,7 @@ def test_artifacts_are_in_minio(stack: StackUnderTest, tracking: MlflowClient, f
 
 def ask(stack: StackUnderTest, role: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
     """A statement in a role's own database; its rows."""
-    with (
-        psycopg2.connect(
-            host=stack.address("postgres"), user=role, dbname=role, password=stack.secret(f"{role}_db_password")
-        ) as connection,
-        connection.cursor() as cursor,
-    ):
+    with stack.database(role) as connection, connection.cursor() as cursor:
         cursor.execute(sql, values)
         return list(cursor.fetchall()) if cursor.description else []
 

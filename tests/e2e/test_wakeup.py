@@ -20,9 +20,7 @@ LISTENERS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'wakeup'"
 
 @pytest.fixture(scope="module")
 def database(stack: StackUnderTest) -> Iterator[psycopg2.extensions.connection]:
-    connection = psycopg2.connect(
-        host=stack.address("postgres"), user="airflow", dbname="airflow", password=stack.secret("airflow_db_password")
-    )
+    connection = stack.database("airflow")
     connection.autocommit = True
     yield connection
     connection.close()

@@ -8,7 +8,6 @@ import re
 from datetime import timedelta
 
 import httpx
-import psycopg2
 import pytest
 
 from stack.airflow import Airflow
@@ -18,9 +17,7 @@ from tests.support import StackUnderTest
 
 def query(stack: StackUnderTest, role: str, sql: str) -> list[tuple[object, ...]]:
     """Rows of a read-only query in a role's own database."""
-    connection = psycopg2.connect(
-        host=stack.address("postgres"), user=role, dbname=role, password=stack.secret(f"{role}_db_password")
-    )
+    connection = stack.database(role)
     connection.set_session(readonly=True, autocommit=True)
     try:
         with connection.cursor() as cursor:

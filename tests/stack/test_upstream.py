@@ -10,7 +10,6 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-import psycopg2
 import pytest
 
 from tests.support import StackUnderTest
@@ -389,8 +388,7 @@ RESULT = "of-a-test"
 @pytest.fixture
 def results(stack: StackUnderTest) -> Iterator[Any]:
     """Celery's results, with the worker's login; those of this test are removed."""
-    password = stack.secret("celery_db_password")
-    connection = psycopg2.connect(host=stack.address("postgres"), user="celery", dbname="celery", password=password)
+    connection = stack.database("celery")
     connection.autocommit = True
     with contextlib.closing(connection), connection.cursor() as cursor:
         yield cursor

@@ -27,7 +27,8 @@ def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with HTTPServer(("127.0.0.1", 0), Empty) as server:
-        threading.Thread(target=server.handle_request).start()
+        # Where nobody asks it, it waits for ever.
+        threading.Thread(target=server.handle_request, daemon=True).start()
         with Client("Airflow", f"http://127.0.0.1:{server.server_port}") as client:
             assert client.get("/").status_code == 204
 

@@ -46,6 +46,9 @@ PSI_LIMIT = 0.2
 P_LIMIT = 0.01
 BINS = 10
 
+# Of a task that holds as many rows as `max_rows` allows: as Python's objects and as CSV, or two samples and a picture.
+RAM_MB = 384
+
 
 def object_store() -> Any:
     """An S3 client from the Airflow connection `stack_data`; it may read the predictions, and not change them."""
@@ -211,8 +214,7 @@ def picture(columns: list[dict[str, Any]], reference: pd.DataFrame, live: pd.Dat
     doc_md=__doc__,
 )
 def drift_watch() -> None:
-    # As many rows as `max_rows` allows at the most, as Python's objects and as CSV.
-    @task(resources={"ram": 384})
+    @task(resources={"ram": RAM_MB})
     def collect() -> dict[str, Any]:
         """Writes the champion's new predictions to S3 and returns where they are; too few end the run, skipped."""
         import csv
@@ -276,8 +278,7 @@ def drift_watch() -> None:
             "until": rows[-1]["at"],
         }
 
-    # Two samples of so many rows, their figures, and a picture of all columns.
-    @task(resources={"ram": 384})
+    @task(resources={"ram": RAM_MB})
     def compare(window: dict[str, Any]) -> dict[str, Any]:
         """Holds the window against the reference, logs what it finds to MLflow, and returns it in short."""
         import os

@@ -12,7 +12,7 @@ import shlex
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from stack import compose, dags, images, secrets
@@ -71,14 +71,8 @@ def before_engine(host: Host, settings: Settings, instance: Instance) -> list[St
             lambda: images.ca_bundle(settings),
             lambda: check_writable(instance.directory),
             lambda: compose.render_environment({"STACK_DIR": str(instance.directory), "the clone": str(ROOT)}),
-            lambda: check_colon(
-                {
-                    "STACK_DIR": str(instance.directory),
-                    "the clone": str(ROOT),
-                    "DAGS_DIR": str((ROOT / settings.dags_dir).resolve()),
-                    "PLUGINS_DIR": str((ROOT / settings.plugins_dir).resolve()),
-                }
-            ),
+            lambda: check_colon(instance.directory, "STACK_DIR"),
+            lambda: check_colon(ROOT, "the clone"),
         ]
     )
 
@@ -127,16 +121,15 @@ class _SeveralError(StackError):
         return "\n".join(str(error) for error in self.errors)
 
 
-def check_colon(paths: Mapping[str, str]) -> None:
-    """None of them has a colon."""
-    for name, path in paths.items():
-        if ":" in path:
-            raise StackError(
-                "E-PATH",
-                f"{name} contains a colon: {path!r}",
-                why="it parts one path from the next where Compose is told of its files and of what to mount",
-                fix="use a directory without one",
-            )
+def check_colon(path: Path, name: str) -> None:
+    """Raises E-PATH where a path has a colon."""
+    if ":" in str(path):
+        raise StackError(
+            "E-PATH",
+            f"{name} contains a colon: '{path}'",
+            why="it parts one path from the next where Compose is told of its files and of what to mount",
+            fix="use a directory without one",
+        )
 
 
 def check_architecture(host: Host) -> None:
@@ -181,8 +174,9 @@ def check_clock() -> None:
 
 
 def check_folder(folder: str, key: str) -> None:
-    """Raises E-DAGS-DIR when a folder of the operator's is missing."""
+    """Raises E-DAGS-DIR when a folder of the operator's is missing, E-PATH where it cannot be mounted."""
     path = (ROOT / folder).resolve()
+    check_colon(path, key)
     if not path.is_dir():
         raise StackError(
             "E-DAGS-DIR",

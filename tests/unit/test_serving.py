@@ -16,6 +16,7 @@ import httpx
 import pytest
 from mlflow.entities import FileInfo
 
+from scripts import predict
 from serving import app, follower, inputs
 from serving.follower import Follower
 from serving.inputs import Column, RefusedError
@@ -534,6 +535,8 @@ def test_a_prediction(served: Served) -> None:
 
 def test_each_refusal_is_an_error_for_programs_and_people(served: Served) -> None:
     """And leaves nothing in the log."""
+    # `make predict` does not even read more.
+    assert predict.LARGEST == app.LARGEST
     large = b" " * (app.LARGEST + 1)
     answers = {
         400: served.post(b"{", JSON),

@@ -83,12 +83,12 @@ def test_a_port_in_use(instance: Path) -> None:
 
 
 def test_too_little_memory(instance: Path) -> None:
-    """A budget of 2 GiB is refused with the figure that is needed."""
-    assert_refused(init(instance, *FREE, "STACK_MEMORY=2g"), instance, "E-MEM-LOW", "2.0 GiB", "needs 3.4 GiB")
+    """A budget of 2 GiB is refused with the figure that is needed, to the MiB that settles it."""
+    assert_refused(init(instance, *FREE, "STACK_MEMORY=2g"), instance, "E-MEM-LOW", "2,048 MiB", "needs 3,472 MiB")
 
 
 def test_more_memory_than_the_host_has(instance: Path) -> None:
-    assert_refused(init(instance, *FREE, "STACK_MEMORY=900g"), instance, "E-MEM-LOW", "900.0 GiB")
+    assert_refused(init(instance, *FREE, "STACK_MEMORY=900g"), instance, "E-MEM-LOW", "921,600 MiB")
 
 
 @pytest.mark.parametrize(

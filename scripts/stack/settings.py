@@ -221,7 +221,7 @@ class Settings(BaseModel):
     ca_bundle: str = Field(
         "",
         title="Host and network",
-        description="CA certificates (PEM) for the builds, if TLS is intercepted. Empty: the host's own bundle.",
+        description="CA certificates (PEM) for the builds and DAGS_GIT_URL. Empty: the host's own bundle.",
     )
 
     @property

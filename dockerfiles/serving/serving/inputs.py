@@ -266,8 +266,8 @@ def _boolean(value: Any) -> bool:
     return value
 
 
-def _string(value: Any) -> str | None:
-    if value is not None and type(value) is not str:
+def _string(value: Any) -> str:
+    if type(value) is not str:
         raise TypeError
     return value
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stack import connect, instance, settings
-from stack.airflow import FINISHED, Airflow
+from stack.airflow import Airflow
 from stack.console import Step, say
 from stack.errors import Exit, StackError, run_main
 
@@ -42,10 +42,8 @@ def main(argv: Sequence[str]) -> int:
 
                 state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S, on_progress=look)
         finally:
-            if was_paused and under_way(airflow):
-                say(f"{DAG_ID} was paused, and is not any more: a run of it goes on")
-            else:
-                airflow.set_paused(DAG_ID, was_paused)
+            if was_paused:
+                airflow.pause_again(DAG_ID)
         print(f"run       {airflow.url}/dags/{DAG_ID}/runs/{run_id}  ({state})")
         if state == "success":
             print_results(airflow, chosen, run_id)
@@ -59,22 +57,17 @@ def main(argv: Sequence[str]) -> int:
     return Exit.FAILED
 
 
-def under_way(airflow: Airflow) -> list[dict[str, Any]]:
-    """The runs that have not ended."""
-    return [run for run in airflow.runs(DAG_ID) if run["state"] not in FINISHED]
-
-
 def check_nothing_runs(airflow: Airflow) -> None:
     """Raises StackError (E-RUN-WAITS) where a run is under way: the pipeline has one at a time, and one that waits for
     its approval may do so for a day."""
-    for run in under_way(airflow):
+    for run in airflow.under_way(DAG_ID):
         raise waits(airflow, run)
 
 
 def give_way(airflow: Airflow, run_id: str) -> None:
     """Where another run has taken the place of one that has not begun: deletes that one, and raises StackError
     (E-RUN-WAITS). A weekly run that was due while the DAG was paused begins when it is unpaused."""
-    for run in under_way(airflow):
+    for run in airflow.under_way(DAG_ID):
         if run["dag_run_id"] == run_id or run["state"] != "running":
             continue
         other = waits(airflow, run)

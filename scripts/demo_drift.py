@@ -4,8 +4,8 @@ that this triggers the training pipeline, once.
 The good rows are drawn from what the model was trained on. The shifted ones are the same with one column scaled.
 
 Changes: predictions in the store; a run of drift_watch and one of train_model in Airflow, what they make in MLflow,
-a tag on the model version. The paused state of drift_watch is put back; train_model's only where it was not
-triggered, for a paused DAG's run stands still. Exit: 0 it was triggered once, 1 it was not, 3 no stack, serving off,
+a tag on the model version. Where they were paused, the DAGs are so again, but for one of which a run goes on, for it
+would stand still. Exit: 0 it was triggered once, 1 it was not, 3 no stack, serving off,
 no model, or a retraining was asked for before, 4 too slow.
 """
 
@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stack import connect, instance
-from stack.airflow import FINISHED, Airflow
-from stack.console import Step, say
+from stack.airflow import Airflow
+from stack.console import Step
 from stack.errors import Exit, StackError, run_main
 from stack.registry import Registry
 from stack.serving import Serving
@@ -52,7 +52,6 @@ def main(argv: Sequence[str]) -> int:
         good, shifted, column = make_rows(registry.artifact(schema["run_id"], REFERENCE), schema)
         paused = {dag: airflow.wait_for_dag(dag)["is_paused"] for dag in (RETRAIN, WATCH)}
         known = {dag: {run["dag_run_id"] for run in airflow.runs(dag)} for dag in paused}
-        triggered: list[str] = []
         try:
             for dag in paused:
                 airflow.set_paused(dag, False)
@@ -77,11 +76,9 @@ def main(argv: Sequence[str]) -> int:
             print(f"retrain   {airflow.url}/dags/{RETRAIN}/runs/{triggered[0]}  (triggered by the asset, once)")
             print("          trains, and then waits in its task `approve` for a person, for a day")
         finally:
-            airflow.set_paused(WATCH, paused[WATCH])
-            if not triggered:
-                airflow.set_paused(RETRAIN, paused[RETRAIN])
-    if paused[RETRAIN]:
-        say(f"{RETRAIN} was paused, and is not any more: its run goes on")
+            for dag, was_paused in paused.items():
+                if was_paused:
+                    airflow.pause_again(dag)
     return Exit.DONE
 
 
@@ -125,7 +122,7 @@ def make_rows(reference: str, schema: dict[str, Any]) -> tuple[list[Row], list[R
 def wait_for_quiet(airflow: Airflow) -> None:
     """Returns when no watch runs: one that was due at this moment would take part of the rows."""
     wait_for(
-        lambda: all(run["state"] in FINISHED for run in airflow.runs(WATCH)),
+        lambda: not airflow.under_way(WATCH),
         PATIENCE_S,
         f"the runs of {WATCH} that were under way to end",
     )

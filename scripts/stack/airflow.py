@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from stack.answers import Client, good
+from stack.console import say
 from stack.errors import Exit, StackError
 
 FINISHED = ("success", "failed")
@@ -76,6 +77,17 @@ class Airflow:
     def set_paused(self, dag_id: str, paused: bool) -> None:
         """Pauses or unpauses a DAG."""
         self.call("PATCH", f"/dags/{dag_id}", json={"is_paused": paused})
+
+    def under_way(self, dag_id: str) -> list[dict[str, Any]]:
+        """The runs of a DAG that have not ended."""
+        return [run for run in self.runs(dag_id) if run["state"] not in FINISHED]
+
+    def pause_again(self, dag_id: str) -> None:
+        """Pauses a DAG, but not while a run of it goes on, for that would stand still: then it says so."""
+        if self.under_way(dag_id):
+            say(f"{dag_id} was paused, and is not any more: a run of it goes on")
+        else:
+            self.set_paused(dag_id, True)
 
     def delete_dag(self, dag_id: str) -> None:
         """Forgets a DAG and its runs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,3 +43,18 @@ def tracking(stack: StackUnderTest) -> Iterator[MlflowClient]:
         patch.setenv("MLFLOW_TRACKING_PASSWORD", stack.secret("admin_password"))
         mlflow.set_tracking_uri(stack.mlflow_url)
         yield MlflowClient(stack.mlflow_url)
+
+
+@pytest.fixture
+def name(stack: StackUnderTest) -> Iterator[str]:
+    """Of a person, who is removed at the end."""
+    chosen = f"t{time.time_ns()}"
+    yield chosen
+    stack.make("user-remove", f"NAME={chosen}")
+
+
+def password_in(exports: str) -> str:
+    """What `make user` has told."""
+    found = re.search(r"^export MLFLOW_TRACKING_PASSWORD=(\S+)$", exports, re.MULTILINE)
+    assert found, exports
+    return found[1]

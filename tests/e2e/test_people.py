@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,25 +11,13 @@ from mlflow import MlflowClient
 
 from stack.airflow import Airflow
 from stack.errors import StackError
+from tests.e2e.conftest import password_in
 from tests.support import StackUnderTest, wait_until
 
 USERS = "/auth/fab/v1/users"
 FIRST_RUN_S = 30
 CACHED_S = 30
 """auth_cache_ttl_seconds: for so long MLflow believes a login that it has checked."""
-
-
-@pytest.fixture
-def name(stack: StackUnderTest) -> Iterator[str]:
-    chosen = f"t{time.time_ns()}"
-    yield chosen
-    stack.make("user-remove", f"NAME={chosen}")
-
-
-def password_in(exports: str) -> str:
-    found = re.search(r"^export MLFLOW_TRACKING_PASSWORD=(\S+)$", exports, re.MULTILINE)
-    assert found, exports
-    return found[1]
 
 
 def client(stack: StackUnderTest, user: str, password: str) -> httpx.Client:
@@ -43,7 +29,8 @@ def roles(airflow: Airflow, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("role", "in_airflow", "logs"), [("viewer", "Viewer", 403), ("user", "User", 200), ("admin", "Admin", 200)]
+    ("role", "in_airflow", "logs"),
+    [("viewer", "Viewer", 403), ("user", "User", 200), ("op", "Op", 200), ("admin", "Admin", 200)],
 )
 def test_one_login_for_both(
     stack: StackUnderTest, airflow: Airflow, name: str, role: str, in_airflow: str, logs: int
@@ -85,7 +72,7 @@ def test_who_is_removed_is_gone_from_both(stack: StackUnderTest, name: str) -> N
     assert "E-USER-UNKNOWN" in again.output
 
 
-def test_a_name_that_exists_in_one_of_them_is_refused(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
+def test_a_name_that_exists_in_mlflow_only_is_refused(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
     with client(stack, stack.settings.admin_user, stack.secret("admin_password")) as admin:
         admin.post("/users/create", json={"username": name, "password": "only-for-this-test"}).raise_for_status()
     refused = stack.make("user", f"NAME={name}")
@@ -94,6 +81,17 @@ def test_a_name_that_exists_in_one_of_them_is_refused(stack: StackUnderTest, air
     assert not airflow.has(f"{USERS}/{name}")
     with client(stack, name, "only-for-this-test") as person:
         assert person.get("/users/get", params={"username": name}).status_code == 200
+
+
+def test_a_name_that_exists_in_airflow_only_is_refused(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
+    person = {"username": name, "password": "only-for-this-test", "first_name": name, "last_name": "-"}
+    airflow.request("POST", USERS, json={**person, "email": f"{name}@example.invalid", "roles": [{"name": "Viewer"}]})
+    refused = stack.make("user", f"NAME={name}", "ROLE=admin")
+    assert "E-USER-EXISTS" in refused.output
+    assert "why: in Airflow" in refused.output
+    assert roles(airflow, name) == ["Viewer"]
+    with client(stack, stack.settings.admin_user, stack.secret("admin_password")) as admin:
+        assert admin.get("/users/get", params={"username": name}).status_code == 404
 
 
 def test_half_a_user_is_taken_back(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
@@ -115,6 +113,13 @@ def test_a_bad_name_is_refused(stack: StackUnderTest, bad: str) -> None:
     refused = stack.make("user", f"NAME={bad}")
     assert refused.code != 0
     assert "E-USER-NAME" in refused.output or "usage:" in refused.output, refused.output
+
+
+def test_an_unknown_role_is_refused(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
+    refused = stack.make("user", f"NAME={name}", "ROLE=boss")
+    assert refused.code != 0
+    assert "invalid choice: 'boss' (choose from 'viewer', 'user', 'op', 'admin')" in refused.output
+    assert not airflow.has(f"{USERS}/{name}")
 
 
 def test_the_first_run(stack: StackUnderTest, tracking: MlflowClient) -> None:

@@ -361,8 +361,9 @@ class Approval(ApprovalOperator):
     },
     params={
         "source": Param(
-            "",
-            type="string",
+            None,
+            # The form wants a text that is one where only a text is allowed.
+            type=["null", "string"],
             description=f"Key of a CSV or Parquet file in the bucket; empty: what the variable {SOURCE} names, or the "
             "example.",
         ),

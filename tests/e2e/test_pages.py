@@ -87,11 +87,11 @@ def sign_in(browser: webdriver.Chrome, stack: StackUnderTest, password: str, see
     wait_for_text(browser, seen)
 
 
-def click(browser: webdriver.Chrome, text: str) -> None:
-    """Presses the button of that name, once it can be pressed."""
+def click(browser: webdriver.Chrome, text: str, within: str = "") -> None:
+    """Presses the button of that name, once it can be pressed; `within` is an XPath."""
 
     def pressed(page: webdriver.Chrome) -> bool:
-        for button in page.find_elements(By.XPATH, f"//button[normalize-space()='{text}']"):
+        for button in page.find_elements(By.XPATH, f"{within}//button[normalize-space()='{text}']"):
             if button.is_displayed() and button.is_enabled():
                 button.click()
                 return True
@@ -146,15 +146,24 @@ def test_two_runs_are_compared(
 def test_a_model_is_approved(
     browser: webdriver.Chrome, stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, finished: dict[str, Any]
 ) -> None:
-    """In Airflow's page of the waiting task, by its button; then the model is champion."""
+    """The run is asked for in the form with the parameters, as it opens. Then in Airflow's page of the waiting task, by
+    its button; and the model is champion."""
     assert finished["version"]
-    run_id = airflow.trigger(DAG_ID)
+    before = {run["dag_run_id"] for run in airflow.runs(DAG_ID)}
+    sign_in(browser, stack, stack.secret("admin_password"), "Dags")
+    browser.get(f"{stack.airflow_url}/dags/{DAG_ID}")
+    click(browser, "Trigger")
+    for text in ("approval_minutes", "How long to wait for a person."):
+        wait_for_text(browser, text)
+    keep(browser, "airflow-parameters")
+    click(browser, "Trigger", within="//*[@role='dialog']")
+    wait_until(lambda: {run["dag_run_id"] for run in airflow.runs(DAG_ID)} > before, PATIENCE_S, "the run is there")
+    (run_id,) = {run["dag_run_id"] for run in airflow.runs(DAG_ID)} - before
     wait_until(
         lambda: any(one["state"] == "awaiting_input" for one in airflow.task_instances(DAG_ID, run_id)),
         300,
         "the run asks for approval",
     )
-    sign_in(browser, stack, stack.secret("admin_password"), "Dags")
     browser.get(f"{stack.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id)}/tasks/approve/required_actions")
     wait_for_text(browser, "Deploy a new model?")
     keep(browser, "airflow-approval")

@@ -15,7 +15,8 @@ import pytest
 from mlflow import MlflowClient
 
 from stack.airflow import Airflow
-from tests.e2e.conftest import AUTOMATIC, DAG_ID, MODEL, PATIENCE_S
+from stack.errors import StackError
+from tests.e2e.conftest import AUTOMATIC, DAG_ID, MODEL, PATIENCE_S, password_in
 from tests.support import StackUnderTest, wait_until
 
 APPROVAL_S = 180
@@ -138,7 +139,8 @@ def test_a_table_of_ones_own(
 ) -> None:
     """The example's rows as the user's own: the same models come of them. As CSV it is named in the run; as Parquet by
     the variable, as for a run that nobody starts, in a run whose threshold the best of the three misses: it is not
-    registered. A Parquet file whose few bytes are many values is refused."""
+    registered. Where the file is gone when the first one is cleared, its model stays champion. A Parquet file whose
+    few bytes are many values is refused."""
     store = stack.s3("pipelines")
     raw = store.get_object(Bucket="pipelines", Key=f"{DAG_ID}/{finished['run_id']}/raw.csv")["Body"].read()
     made = stack.python("airflow-worker", AS_PARQUET.replace("RAW", base64.b64encode(raw).decode()))
@@ -168,6 +170,14 @@ def test_a_table_of_ones_own(
     assert best["metrics"]["roc_auc"] == pytest.approx(finished["metrics"]["roc_auc"])
 
     before = champion()
+    assert before == best["version"]
+    store.delete_object(Bucket="pipelines", Key="inbox/mine.csv")
+    clear(airflow, run_id, "ingest")
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+    found = states(airflow, run_id)
+    assert (found["ingest"], found["promote"], found["restore"]) == ({"failed"}, {"upstream_failed"}, {"skipped"})
+    assert champion() == before
+
     airflow.call("POST", "/variables", json={"key": "train_model_source", "value": "inbox/mine.parquet"})
     try:
         state, run_id = play({"min_roc_auc": 1})
@@ -177,7 +187,8 @@ def test_a_table_of_ones_own(
     closed_at(airflow, run_id, "choose")
     assert airflow.xcom(DAG_ID, run_id, "ingest")["source"] == "s3://pipelines/inbox/mine.parquet"
     told = airflow.task_log(DAG_ID, run_id, "choose")
-    assert f"1. {best['name']}: roc_auc {best['metrics']['roc_auc']:.4f}" in told
+    score = f"{best['cv_roc_auc']:.4f} in cross-validation, roc_auc {best['metrics']['roc_auc']:.4f}"
+    assert f"1. {best['name']}: {score}" in told
     assert "is not good enough" in told
     assert champion() == before
 
@@ -274,10 +285,10 @@ def answer(airflow: Airflow, run_id: str, option: str) -> None:
 
 
 def test_an_approval_that_is_given(
-    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str], name: str
 ) -> None:
     """Within three minutes a person is asked, with what there is to know; until then `make demo` starts no other run.
-    The challenger becomes champion, and there is no challenger any more."""
+    Not everybody may answer. The challenger becomes champion, and there is no challenger any more."""
     began = time.monotonic()
     run_id = airflow.trigger(DAG_ID)
     asked = wait_until_asked(airflow, run_id)
@@ -291,6 +302,10 @@ def test_an_approval_that_is_given(
     assert refused.code != 0
     assert "E-RUN-WAITS" in refused.output
     assert run_id in refused.output
+    viewer = Airflow(stack.airflow_url, name, password_in(stack.make("user", f"NAME={name}", "ROLE=viewer").output))
+    with viewer, pytest.raises(StackError, match="403"):
+        answer(viewer, run_id, "Approve")
+    assert states(airflow, run_id)["approve"] == {"awaiting_input"}
     answer(airflow, run_id, "Approve")
     assert airflow.follow(DAG_ID, run_id, patience=120) == "success"
     assert champion() == airflow.xcom(DAG_ID, run_id, "register")["version"]

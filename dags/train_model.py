@@ -654,17 +654,24 @@ def ask_champion(rows: pd.DataFrame, version: str) -> list[Any]:
 
     deadline = time.monotonic() + 60
     while True:
-        answer = requests.post(
-            f"{url}/invocations",
-            json={"dataframe_split": rows.to_dict(orient="split")},
-            headers={"Authorization": f"Bearer {os.environ['SERVING_TOKEN']}"},
-            timeout=10,
-        )
-        if answer.ok and answer.json()["version"] == version:
-            print(f"asked {url}, where version {version} is served")
-            return list(answer.json()["predictions"])
+        try:
+            answer = requests.post(
+                f"{url}/invocations",
+                json={"dataframe_split": rows.to_dict(orient="split")},
+                headers={"Authorization": f"Bearer {os.environ['SERVING_TOKEN']}"},
+                timeout=10,
+            )
+        except requests.RequestException as error:
+            # It may be starting.
+            told = str(error)
+            print(f"asking {url} again: {told}")
+        else:
+            if answer.ok and answer.json()["version"] == version:
+                print(f"asked {url}, where version {version} is served")
+                return list(answer.json()["predictions"])
+            told = f"{answer.status_code} {answer.text}"
         if time.monotonic() > deadline:
-            raise TimeoutError(f"after 60 s version {version} does not answer: {answer.status_code} {answer.text}")
+            raise TimeoutError(f"after 60 s version {version} does not answer: {told}")
         time.sleep(1)
 
 

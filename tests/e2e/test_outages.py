@@ -16,6 +16,8 @@ from tests.support import StackUnderTest, run, wait_until
 
 MEETS_IT_S = 120
 """Until a task notices: boto3 tries for some seconds before the task fails, MLflow's client says each of its tries."""
+GIVEN_UP_S = 900
+"""Until all tries of a task have failed for want of a service."""
 
 
 @contextlib.contextmanager
@@ -108,19 +110,58 @@ def test_away_for_a_while(
     assert tracking.get_logged_model(version.source.removeprefix("models:/")).status == "READY"
 
 
-def test_the_store_is_away_for_good(
-    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, finished: dict[str, Any]
+@pytest.mark.parametrize(
+    ("service", "task_id", "states"),
+    [
+        ("minio", "validate", ["running", "success"]),
+        # MLflow's client asks for two minutes in each of the three tries.
+        pytest.param("mlflow", "choose", ["success"], marks=pytest.mark.long),
+    ],
+)
+def test_away_for_good(
+    stack: StackUnderTest,
+    airflow: Airflow,
+    tracking: MlflowClient,
+    finished: dict[str, Any],
+    service: str,
+    task_id: str,
+    states: list[str],
 ) -> None:
-    """From before anything is trained: the run fails, nothing is registered, the champion stays."""
+    """From before anything is trained, or before it is registered: the run fails, no version is made, the champion
+    stays."""
     before = tracking.get_model_version_by_alias(MODEL, "champion").version
     assert finished["version"]
     run_id = airflow.trigger(DAG_ID, AUTOMATIC)
-    wait_until(begun(airflow, run_id, "validate", "running", "success"), PATIENCE_S, "validate runs")
-    with away(stack, "minio"):
-        wait_until(lambda: airflow.run_state(DAG_ID, run_id) in FINISHED, PATIENCE_S, "the run ends")
+    wait_until(begun(airflow, run_id, task_id, *states), PATIENCE_S, f"{task_id}: {' or '.join(states)}")
+    with away(stack, service):
+        wait_until(lambda: airflow.run_state(DAG_ID, run_id) in FINISHED, GIVEN_UP_S, "the run ends")
     assert airflow.run_state(DAG_ID, run_id) == "failed"
     assert versions(tracking, run_id) == []
     assert tracking.get_model_version_by_alias(MODEL, "champion").version == before
+
+
+@pytest.mark.long
+def test_a_smoke_test_waits_for_serving(
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, finished: dict[str, Any]
+) -> None:
+    """Which is being made anew while the alias moves: that is no reason to take a model back."""
+    assert finished["version"]
+    run_id = airflow.trigger(DAG_ID, AUTOMATIC)
+    wait_until(begun(airflow, run_id, "register", "success"), PATIENCE_S, "the model is registered")
+
+    def asks_again() -> bool:
+        begun(airflow, run_id, "smoke_test")()
+        logs = f"/opt/airflow/logs/dag_id={DAG_ID}/run_id={run_id}/task_id=smoke_test"
+        # Once a second, and an attempt would be over after the first of them.
+        return stack.exec("airflow-worker", "grep", "-rhF", " again: ", logs).output.count("again: ") > 10
+
+    with away(stack, "serving"):
+        wait_until(asks_again, PATIENCE_S, "the smoke test asks again")
+    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "success"
+    (task,) = [one for one in airflow.task_instances(DAG_ID, run_id) if one["task_id"] == "smoke_test"]
+    assert task["try_number"] == 1
+    (version,) = versions(tracking, run_id)
+    assert tracking.get_model_version_by_alias(MODEL, "champion").version == version.version
 
 
 @pytest.mark.long

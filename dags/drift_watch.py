@@ -7,10 +7,10 @@ few of them the run ends there, skipped. `compare` holds each numeric column aga
 that the champion was trained on and which its run in MLflow has as an artifact: the population stability index (PSI),
 Kolmogorov-Smirnov for the values that are there, Fisher's exact test for the share of those that are missing. All are
 logged to the experiment `drift`. Only where enough columns have drifted is `retrain` reached: it updates the asset
-`drift`, on which the training pipeline is scheduled, once for a champion.
+`DRIFT`, on which the training pipeline is scheduled, once for a champion.
 
-Copy it for your own model: replace `MODEL_NAME` and the asset's address. Heavy libraries are imported inside the
-tasks, so that reading this file stays quick.
+Copy it for your own model: give the function `drift_watch` and `MODEL_NAME` other names. Heavy libraries are
+imported inside the tasks, so that reading this file stays quick.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ BUCKET = "pipelines"
 SEEN = "window.until"
 ASKED = "drift.retraining"
 
-DRIFT = Asset("drift", uri=f"mlstack://drift/{MODEL_NAME}")
+# As the training pipeline has it.
+DRIFT = Asset(uri=f"mlstack://drift/{MODEL_NAME}")
 
 # A column has drifted where PSI and one of the tests say so. PSI beyond 0.2 is what the trade calls a significant
 # change; the tests keep a small sample's noise from being one.
@@ -83,17 +84,22 @@ def last_look(client: MlflowClient, version: str) -> str:
     done = (
         f"tags.`model.version` = '{version}' and tags.`model.name` = '{MODEL_NAME}' and attributes.status = 'FINISHED'"
     )
-    runs: list[Run] = client.search_runs([experiment.experiment_id], done, order_by=["start_time DESC"], max_results=1)
-    return str(runs[0].data.tags.get(SEEN, "")) if runs else ""
+    # Not the one that was begun last: an old look that is taken again saw what it had seen.
+    runs: list[Run] = client.search_runs(
+        [experiment.experiment_id], done, order_by=["start_time DESC"], max_results=100
+    )
+    return max((run.data.tags.get(SEEN, "") for run in runs), default="")
 
 
 def objects(store: Any, since: datetime, until: datetime) -> Iterator[str]:
     """The keys of the predictions' objects that were written in a window, the newest first."""
+    # A row's moment may be a little later than the name of its object: each row of a large request has one of its own.
+    since -= timedelta(seconds=1)
     for back in range((until.date() - since.date()).days + 1):
         prefix = f"{MODEL_NAME}/{until.date() - timedelta(days=back):%Y/%m/%d}/"
         pages = store.get_paginator("list_objects_v2").paginate(Bucket=PREDICTIONS, Prefix=prefix)
         keys = sorted((one["Key"] for page in pages for one in page.get("Contents", [])), reverse=True)
-        # An object's rows are older than its name: one from before the window has none of it.
+        # An object's rows are else older than its name: one from before the window has none of it.
         yield from (key for key in keys if key >= f"{MODEL_NAME}/{since:%Y/%m/%d/%H%M%S}")
 
 
@@ -265,7 +271,7 @@ def drift_watch() -> None:
         table = csv.DictWriter(text, names, lineterminator="\n")
         table.writeheader()
         table.writerows(row["inputs"] for row in rows)
-        key = f"{EXPERIMENT}/{context['run_id']}/live.csv"
+        key = f"{context['dag'].dag_id}/{context['run_id']}/live.csv"
         store.put_object(Bucket=BUCKET, Key=key, Body=text.getvalue().encode())
         print(f"{len(rows)} predictions by version {number} since {since} written to s3://{BUCKET}/{key}")
         return {
@@ -312,7 +318,7 @@ def drift_watch() -> None:
         }
 
         tags = {
-            "airflow.dag_id": "drift_watch",
+            "airflow.dag_id": context["dag"].dag_id,
             "airflow.run_id": context["run_id"],
             "model.name": MODEL_NAME,
             "model.version": window["version"],
@@ -321,6 +327,7 @@ def drift_watch() -> None:
         experiment = mlflow.set_experiment(EXPERIMENT)
         # A former try that lost MLflow could not end its run, which would be running for ever.
         begun = f"attributes.status = 'RUNNING' and tags.`airflow.run_id` = '{context['run_id']}'"
+        begun += f" and tags.`airflow.dag_id` = '{context['dag'].dag_id}'"
         for former in mlflow.MlflowClient().search_runs([experiment.experiment_id], begun):
             mlflow.MlflowClient().set_terminated(former.info.run_id, "KILLED")
         page = f"{os.environ['AIRFLOW_UI_URL']}/dags/{context['dag'].dag_id}/runs/{context['run_id']}"

@@ -4,9 +4,10 @@
         -> choose -> register -> approve -> promote -> smoke_test -> announce
                                                                   -> restore (only where the smoke test fails)
 
-Copy it for your own work: replace `load_source`, `EXPECTED`, `CANDIDATES` with what they need (`NEEDED`), and
-the thresholds. Heavy libraries are imported inside the tasks, so that reading this file stays quick. It runs
-once a week, and when `drift_watch` says that the data has changed.
+Copy it for your own work: give the function `train_model`, `MODEL_NAME` and `SOURCE` other names, and replace
+`load_source`, `EXPECTED`, `CANDIDATES` with what they need (`NEEDED`), and the thresholds. Heavy libraries are imported
+inside the tasks, so that reading this file stays quick. It runs once a week, and when `drift_watch` says that the data
+has changed.
 
 - **Your own data**: `make upload FILE=mine.csv` puts a CSV or Parquet file into the bucket `pipelines`; name its key as
   `source`. For the runs that nobody starts, too, name it in the Airflow variable `train_model_source`.
@@ -15,7 +16,7 @@ once a week, and when `drift_watch` says that the data has changed.
   and nothing is trained again. `approval: automatic` asks nobody. Where another version has become champion meanwhile,
   `promote` fails: clear `choose`, which compares with that one.
 - **From here to MLflow and back**: each run's link is in the log and the XCom of `train`, the promoted one's in the
-  event of the asset `deployed`; in MLflow a run's description links to the Airflow run.
+  event of the asset that `announce` updates; in MLflow a run's description links to the Airflow run.
 - **MLflow or the object store is away for a while**: a task waits for MLflow, or is tried again. A run of MLflow whose
   task lost it is ended by the next try; a version is registered once.
 """
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 BUCKET = "pipelines"
-EXPERIMENT = "train_model"
 MODEL_NAME = "tumour-classifier"
 CHAMPION, CHALLENGER = "champion", "challenger"
 PREVIOUS = "previous_champion"
@@ -58,8 +58,9 @@ MADE_BY = "airflow.run_id"
 """Tag of what a run makes in MLflow."""
 SEED = 7
 
-DRIFT = Asset("drift", uri=f"mlstack://drift/{MODEL_NAME}")
-DEPLOYED = Asset("deployed", uri=f"mlstack://models/{MODEL_NAME}/{CHAMPION}")
+# Without names of their own, so that a copy for another model has other assets.
+DRIFT = Asset(uri=f"mlstack://drift/{MODEL_NAME}")
+DEPLOYED = Asset(uri=f"mlstack://models/{MODEL_NAME}/{CHAMPION}")
 
 # What the data must look like: column -> lowest and highest plausible value.
 TARGET = "target"
@@ -186,7 +187,7 @@ def write_csv(name: str, frame: pd.DataFrame) -> str:
     """Writes a table of this run to the bucket; its key."""
     import tempfile
 
-    key = f"{EXPERIMENT}/{get_current_context()['run_id']}/{name}.csv"
+    key = f"{dag_id()}/{get_current_context()['run_id']}/{name}.csv"
     # Not text in memory beside the table.
     with tempfile.TemporaryFile() as file:
         frame.to_csv(file, index=False)
@@ -196,7 +197,6 @@ def write_csv(name: str, frame: pd.DataFrame) -> str:
     return key
 
 
-def find_problems(frame: pd.DataFrame) -> list[str]:
 def held_back(frame: pd.DataFrame) -> pd.Series:
     """Which rows are for testing, three of ten: by what is in them, and not by their place. So a row that the champion
     was trained on does not come among those that it is tested on, whatever has been added or has gone since, nor does
@@ -209,6 +209,7 @@ def held_back(frame: pd.DataFrame) -> pd.Series:
     return found
 
 
+def find_problems(frame: pd.DataFrame) -> list[str]:
     """What is wrong with the data; empty when nothing is."""
     missing = [column for column in (*EXPECTED, TARGET) if column not in frame.columns]
     if missing:
@@ -303,10 +304,14 @@ def evaluate_model(model_uri: str, frame: pd.DataFrame) -> tuple[dict[str, float
     return {name: float(value) for name, value in found.metrics.items()}, [int(answer) for answer in answers]
 
 
+def dag_id() -> str:
+    """This DAG's: what a copy of it makes, under a name of its own, is its own."""
+    return str(get_current_context()["dag"].dag_id)
+
+
 def airflow_link() -> str:
     """This Airflow run's page."""
-    context = get_current_context()
-    return f"{os.environ['AIRFLOW_UI_URL']}/dags/{context['dag'].dag_id}/runs/{context['run_id']}"
+    return f"{os.environ['AIRFLOW_UI_URL']}/dags/{dag_id()}/runs/{get_current_context()['run_id']}"
 
 
 def mlflow_link(run: Run) -> str:
@@ -440,28 +445,28 @@ def train_model() -> None:
 
         import mlflow
         from mlflow.entities import Metric
+        from sklearn.model_selection import StratifiedKFold, cross_val_score
 
         context = get_current_context()
         context["candidate_name"] = candidate["name"]
         frame = read_csv(keys["train"])
         rows, target = frame.drop(columns=TARGET), frame[TARGET]
-        from sklearn.model_selection import StratifiedKFold, cross_val_score
-        end_former_tries(mlflow.set_experiment(EXPERIMENT).experiment_id, candidate["name"])
+        end_former_tries(mlflow.set_experiment(dag_id()).experiment_id, candidate["name"])
         with mlflow.start_run(
             run_name=candidate["name"],
             description=f"[Airflow run]({airflow_link()})",
-            tags={"airflow.dag_id": EXPERIMENT, MADE_BY: context["run_id"]},
+            tags={"airflow.dag_id": dag_id(), MADE_BY: context["run_id"]},
         ) as run:
             mlflow.log_params(candidate)
             mlflow.log_params({"source": source, "data": f"s3://{BUCKET}/{keys['train']}"})
+            folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
+            scores = cross_val_score(build_model(candidate), rows, target, scoring="roc_auc", cv=folds)
+            mlflow.log_metric("cv_roc_auc", scores.mean())
             model = build_model(candidate).fit(rows, target)
             now = int(time.time() * 1000)
             losses = getattr(model[-1] if hasattr(model, "steps") else model, "loss_curve_", [])
             mlflow.MlflowClient().log_batch(
                 run.info.run_id, metrics=[Metric("train_loss", loss, now, step) for step, loss in enumerate(losses)]
-            folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
-            scores = cross_val_score(build_model(candidate), rows, target, scoring="roc_auc", cv=folds)
-            mlflow.log_metric("cv_roc_auc", scores.mean())
             )
             # What drift is measured against.
             mlflow.log_text(rows.to_csv(index=False), "reference.csv")
@@ -471,12 +476,12 @@ def train_model() -> None:
             "run_id": run.info.run_id,
             "experiment_id": run.info.experiment_id,
             "model_uri": model_uri,
+            "cv_roc_auc": float(scores.mean()),
             "source": source,
             "url": mlflow_link(run),
         }
         print(result["url"])
         return result
-            "cv_roc_auc": float(scores.mean()),
 
     @task(map_index_template="{{ candidate_name }}", resources={"ram": RAM_MB})
     def evaluate(trained: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
@@ -507,11 +512,11 @@ def train_model() -> None:
         champion = champion_version()
         if champion is not None:
             name, tag = f"champion-{champion.version}", "airflow.compared_by"
-            end_former_tries(mlflow.set_experiment(EXPERIMENT).experiment_id, name, tag)
+            end_former_tries(mlflow.set_experiment(dag_id()).experiment_id, name, tag)
             with mlflow.start_run(
                 run_name=name,
                 description=f"[Airflow run]({airflow_link()})",
-                tags={"airflow.dag_id": EXPERIMENT, tag: get_current_context()["run_id"]},
+                tags={"airflow.dag_id": dag_id(), tag: get_current_context()["run_id"]},
             ) as run:
                 rows = read_csv(keys["test"])
                 try:
@@ -623,6 +628,11 @@ def train_model() -> None:
         from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
         from mlflow.exceptions import MlflowException
 
+        # Cleared, a run that has failed further up still has what it registered at its first attempt.
+        context, gates = get_current_context(), ["promote", "smoke_test"]
+        states = context["ti"].get_task_states(dag_id(), task_ids=gates, run_ids=[context["run_id"]])
+        if "failed" not in states[context["run_id"]].values():
+            raise AirflowSkipException("neither the alias nor the smoke test has failed")
         now = champion_version() if challenger else None
         if now is None or now.version != str(challenger["version"]):
             raise AirflowSkipException("what this run made is not champion")
@@ -654,11 +664,6 @@ def train_model() -> None:
 
 def ask_champion(rows: pd.DataFrame, version: str) -> list[Any]:
     """The champion's answers: over HTTP where `serving` serves it, else from the model that the alias names.
-        # Cleared, a run that has failed further up still has what it registered at its first attempt.
-        context, gates = get_current_context(), ["promote", "smoke_test"]
-        states = context["ti"].get_task_states(dag_id(), task_ids=gates, run_ids=[context["run_id"]])
-        if "failed" not in states[context["run_id"]].values():
-            raise AirflowSkipException("neither the alias nor the smoke test has failed")
 
     Raises AirflowFailException where the alias names another version, TimeoutError where that version does not
     answer within a minute: the task may be tried again, serving may be.

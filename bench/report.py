@@ -64,6 +64,8 @@ class Measured:
             return self.problems
         if not self.ours and not self.peer:
             return ["not run"]
+        if not self.ours or not self.peer:
+            return [f"only {'ours' if self.ours else 'the peer'} was measured: no ratio"]
         return ["the two sides did different work, or not as often: no ratio"]
 
 

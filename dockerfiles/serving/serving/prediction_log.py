@@ -72,25 +72,20 @@ class PredictionLog:
         """Keeps the rows of an answer."""
         names = tuple(table)
         common = ROW + sys.getsizeof(names) // max(len(predictions), 1) + 8 * len(names)
-        moments = self._moments(len(predictions))
-        rows: list[Row] = [
-            (at, version, names, values, told, common + sum(map(sys.getsizeof, values)) + _size(told))
-            for at, values, told in zip(moments, zip(*table.values(), strict=True), predictions, strict=True)
+        rows = [
+            (version, names, values, told, common + sum(map(sys.getsizeof, values)) + _size(told))
+            for values, told in zip(zip(*table.values(), strict=True), predictions, strict=True)
         ]
         with self._lock:
-            self._rows.extend(rows)
+            # Each has a moment that no other row has: whoever has read up to one of them goes on behind it.
+            first = max(datetime.now(timezone.utc), self._free)
+            self._free = first + len(rows) * MOMENT
+            self._rows.extend((first + place * MOMENT, *row) for place, row in enumerate(rows))
             self._bytes += sum(row[-1] for row in rows)
             self._drop()
             enough = len(self._rows) >= BATCH or self._bytes >= OBJECT
         if enough:
             self._wake.set()
-
-    def _moments(self, rows: int) -> list[datetime]:
-        """One for each row, which no other row has: whoever has read up to one of them goes on behind it."""
-        with self._lock:
-            first = max(datetime.now(timezone.utc), self._free)
-            self._free = first + rows * MOMENT
-        return [first + place * MOMENT for place in range(rows)]
 
     def start(self) -> None:
         """Begins to write."""

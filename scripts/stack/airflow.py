@@ -83,11 +83,15 @@ class Airflow:
         return [run for run in self.runs(dag_id) if run["state"] not in FINISHED]
 
     def pause_again(self, dag_id: str) -> None:
-        """Pauses a DAG, but not while a run of it goes on, for that would stand still: then it says so."""
-        if self.under_way(dag_id):
-            say(f"{dag_id} was paused, and is not any more: a run of it goes on")
-        else:
-            self.set_paused(dag_id, True)
+        """Pauses a DAG, but not while a run of it goes on, for that would stand still: then it says so. Where Airflow
+        does not answer, too: it is called at the end of what may have failed for that reason."""
+        try:
+            if self.under_way(dag_id):
+                say(f"{dag_id} was paused, and is not any more: a run of it goes on")
+            else:
+                self.set_paused(dag_id, True)
+        except StackError as error:
+            say(f"{dag_id} was paused, and may not be any more: {error.what}")
 
     def delete_dag(self, dag_id: str) -> None:
         """Forgets a DAG and its runs."""

@@ -157,8 +157,12 @@ def test_a_model_is_approved(
         wait_for_text(browser, text)
     keep(browser, "airflow-parameters")
     click(browser, "Trigger", within="//*[@role='dialog']")
-    wait_until(lambda: {run["dag_run_id"] for run in airflow.runs(DAG_ID)} > before, PATIENCE_S, "the run is there")
-    (run_id,) = {run["dag_run_id"] for run in airflow.runs(DAG_ID)} - before
+
+    def made() -> set[str]:
+        return {run["dag_run_id"] for run in airflow.runs(DAG_ID)} - before
+
+    wait_until(lambda: bool(made()), PATIENCE_S, "the run is there")
+    (run_id,) = made()
     wait_until(
         lambda: any(one["state"] == "awaiting_input" for one in airflow.task_instances(DAG_ID, run_id)),
         300,

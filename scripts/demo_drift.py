@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
                     run_id,
                     patience=PATIENCE_S,
                     on_progress=lambda now: progress.update(
-                        ", ".join(f"{one['task_id']} {one['state']}" for one in now)
+                        ", ".join(f"{one['task_id']} {one['state'] or 'waiting'}" for one in now)
                     ),
                 )
             verdict = find_verdict(airflow, known[WATCH])

@@ -317,8 +317,9 @@ def drift_watch() -> None:
             "columns": columns,
         }
 
+        dag_id = context["dag"].dag_id
         tags = {
-            "airflow.dag_id": context["dag"].dag_id,
+            "airflow.dag_id": dag_id,
             "airflow.run_id": context["run_id"],
             "model.name": MODEL_NAME,
             "model.version": window["version"],
@@ -327,10 +328,10 @@ def drift_watch() -> None:
         experiment = mlflow.set_experiment(EXPERIMENT)
         # A former try that lost MLflow could not end its run, which would be running for ever.
         begun = f"attributes.status = 'RUNNING' and tags.`airflow.run_id` = '{context['run_id']}'"
-        begun += f" and tags.`airflow.dag_id` = '{context['dag'].dag_id}'"
+        begun += f" and tags.`airflow.dag_id` = '{dag_id}'"
         for former in mlflow.MlflowClient().search_runs([experiment.experiment_id], begun):
             mlflow.MlflowClient().set_terminated(former.info.run_id, "KILLED")
-        page = f"{os.environ['AIRFLOW_UI_URL']}/dags/{context['dag'].dag_id}/runs/{context['run_id']}"
+        page = f"{os.environ['AIRFLOW_UI_URL']}/dags/{dag_id}/runs/{context['run_id']}"
         with mlflow.start_run(
             run_name=f"version {window['version']}", description=f"[Airflow run]({page})", tags=tags
         ) as run:

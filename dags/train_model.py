@@ -2,7 +2,7 @@
 
     ingest -> validate -> features -> train and evaluate (mapped: one task a candidate)
         -> choose -> register -> approve -> promote -> smoke_test -> announce
-                                                                  -> restore (only where the smoke test fails)
+                                                                  -> restore (only for a champion that was not tested)
 
 Copy it for your own work: give the function `train_model`, `MODEL_NAME` and `SOURCE` other names, and replace
 `load_source`, `EXPECTED`, `CANDIDATES` with what they need (`NEEDED`), and the thresholds. Heavy libraries are imported
@@ -640,7 +640,8 @@ def train_model() -> None:
     # Not given up soon: meanwhile a model is champion that nobody has tested.
     @task(trigger_rule=TriggerRule.ONE_FAILED, retries=60, retry_delay=timedelta(minutes=1))
     def restore(challenger: dict[str, Any] | None, tested: str | None) -> None:
-        """Gives the alias back to the model that had it, and fails: the run did not do what it was for."""
+        """Gives the alias back to the model that had it, if what this run made is champion and has not passed its smoke
+        test, and fails: the run did not do what it was for."""
         import mlflow
         from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
         from mlflow.exceptions import MlflowException

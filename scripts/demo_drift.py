@@ -5,8 +5,8 @@ The good rows are drawn from what the model was trained on. The shifted ones are
 
 Changes: predictions in the store; a run of drift_watch and one of train_model in Airflow, what they make in MLflow,
 a tag on the model version. Where they were paused, the DAGs are so again, but for one of which a run goes on, for it
-would stand still. Exit: 0 it was triggered once, 1 it was not, 3 no stack, serving off,
-no model, or a retraining was asked for before, 4 too slow.
+would stand still. Exit: 0 it was triggered once, 1 it was not, 3 no stack, serving off, no model, or a retraining was
+asked for before, 4 too slow.
 """
 
 from __future__ import annotations

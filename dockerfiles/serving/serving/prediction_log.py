@@ -34,6 +34,7 @@ under way may hold 64 of these."""
 ROW = 290
 """Bytes of memory that a row has beside its values."""
 MOMENT = timedelta(microseconds=1)
+"""Between the rows of a request: the least that the log's lines tell apart."""
 LAST_WORDS_S, AGAIN_S = 15.0, 1.0
 """How long it goes on writing when the service stops, and how soon it tries again then."""
 

@@ -43,13 +43,17 @@ def begun(airflow: Airflow, run_id: str, task_id: str, *states: str) -> Callable
     return look
 
 
+def lines_with(stack: StackUnderTest, run_id: str, text: str) -> int:
+    """How many lines with a text are in the logs of a run's tasks. Not by the API, which asks the store for them."""
+    logs = f"/opt/airflow/logs/dag_id={DAG_ID}/run_id={run_id}"
+    return len(stack.exec("airflow-worker", "grep", "-rhF", text, logs).output.splitlines())
+
+
 def tries(stack: StackUnderTest, airflow: Airflow, run_id: str) -> int:
     """How often a task of the run has been tried again, or one's client has."""
     tasks = airflow.task_instances(DAG_ID, run_id)
     again = sum(one["try_number"] - 1 + (one["state"] == "up_for_retry") for one in tasks if one["try_number"])
-    # Not by the API, which asks the store for logs.
-    logs = f"/opt/airflow/logs/dag_id={DAG_ID}/run_id={run_id}"
-    return int(again) + len(stack.exec("airflow-worker", "grep", "-rhF", "Retrying (", logs).output.splitlines())
+    return int(again) + lines_with(stack, run_id, "Retrying (")
 
 
 def wait_for(stack: StackUnderTest, airflow: Airflow, run_id: str, task_id: str, state: str) -> Callable[[], bool]:
@@ -150,10 +154,10 @@ def test_a_smoke_test_waits_for_serving(
     wait_until(begun(airflow, run_id, "register", "success"), PATIENCE_S, "the model is registered")
 
     def asks_again() -> bool:
+        # It looks that nothing has failed, too.
         begun(airflow, run_id, "smoke_test")()
-        logs = f"/opt/airflow/logs/dag_id={DAG_ID}/run_id={run_id}/task_id=smoke_test"
-        # Once a second, and an attempt would be over after the first of them.
-        return stack.exec("airflow-worker", "grep", "-rhF", " again: ", logs).output.count("again: ") > 2
+        # Once a second, where an attempt that gives up says it once.
+        return lines_with(stack, run_id, "asking http") > 2
 
     with away(stack, "serving"):
         wait_until(asks_again, PATIENCE_S, "the smoke test asks again")

@@ -149,7 +149,11 @@ def test_a_model_is_approved(
     """The run is asked for in the form with the parameters, as it opens. Then in Airflow's page of the waiting task, by
     its button; and the model is champion."""
     assert finished["version"]
-    before = {run["dag_run_id"] for run in airflow.runs(DAG_ID)}
+
+    def runs() -> set[str]:
+        return {run["dag_run_id"] for run in airflow.runs(DAG_ID)}
+
+    before = runs()
     sign_in(browser, stack, stack.secret("admin_password"), "Dags")
     browser.get(f"{stack.airflow_url}/dags/{DAG_ID}")
     click(browser, "Trigger")
@@ -157,12 +161,8 @@ def test_a_model_is_approved(
         wait_for_text(browser, text)
     keep(browser, "airflow-parameters")
     click(browser, "Trigger", within="//*[@role='dialog']")
-
-    def made() -> set[str]:
-        return {run["dag_run_id"] for run in airflow.runs(DAG_ID)} - before
-
-    wait_until(lambda: bool(made()), PATIENCE_S, "the run is there")
-    (run_id,) = made()
+    wait_until(lambda: bool(runs() - before), PATIENCE_S, "the run is there")
+    (run_id,) = runs() - before
     wait_until(
         lambda: any(one["state"] == "awaiting_input" for one in airflow.task_instances(DAG_ID, run_id)),
         300,

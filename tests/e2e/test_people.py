@@ -24,6 +24,12 @@ def client(stack: StackUnderTest, user: str, password: str) -> httpx.Client:
     return httpx.Client(base_url=f"{stack.mlflow_url}/api/2.0/mlflow", auth=(user, password), timeout=30)
 
 
+def add_to_airflow(airflow: Airflow, name: str, email: str) -> None:
+    """A viewer that MLflow does not know."""
+    person = {"username": name, "password": "only-for-this-test", "first_name": name, "last_name": "-", "email": email}
+    airflow.request("POST", USERS, json={**person, "roles": [{"name": "Viewer"}]})
+
+
 def roles(airflow: Airflow, name: str) -> list[str]:
     return [role["name"] for role in airflow.request("GET", f"{USERS}/{name}")["roles"]]
 
@@ -84,8 +90,7 @@ def test_a_name_that_exists_in_mlflow_only_is_refused(stack: StackUnderTest, air
 
 
 def test_a_name_that_exists_in_airflow_only_is_refused(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
-    person = {"username": name, "password": "only-for-this-test", "first_name": name, "last_name": "-"}
-    airflow.request("POST", USERS, json={**person, "email": f"{name}@example.invalid", "roles": [{"name": "Viewer"}]})
+    add_to_airflow(airflow, name, f"{name}@example.invalid")
     refused = stack.make("user", f"NAME={name}", "ROLE=admin")
     assert "E-USER-EXISTS" in refused.output
     assert "why: in Airflow" in refused.output
@@ -96,8 +101,7 @@ def test_a_name_that_exists_in_airflow_only_is_refused(stack: StackUnderTest, ai
 
 def test_half_a_user_is_taken_back(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
     """Airflow refuses an address that somebody has: the login that MLflow had made is gone again."""
-    other = {"username": f"{name}x", "password": "only-for-this-test", "first_name": "x", "last_name": "x"}
-    airflow.request("POST", USERS, json={**other, "email": f"{name}@localhost.invalid", "roles": [{"name": "Viewer"}]})
+    add_to_airflow(airflow, f"{name}x", f"{name}@localhost.invalid")
     try:
         refused = stack.make("user", f"NAME={name}")
         assert refused.code != 0

@@ -24,6 +24,8 @@ PATIENCE_S = 300
 def finished(airflow: Airflow) -> dict[str, Any]:
     """A run of the pipeline that has ended well, and what its last task returned."""
     airflow.wait_for_dag(DAG_ID)
+    before = [one["dag_run_id"] for one in airflow.under_way(DAG_ID)]
+    assert not before, f"runs of {DAG_ID} are under way, and it has one at a time; end them first: {before}"
     airflow.set_paused(DAG_ID, False)
     run_id = airflow.trigger(DAG_ID, AUTOMATIC)
     state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S)

@@ -121,7 +121,7 @@ class Bench:
         }
         if quick:
             # The same code as the next.
-            del self.airflow["small_cpu"]
+            del self.airflow["chain"], self.airflow["small_cpu"]
 
     def _take(self, side: str, name: str, measure: Callable[[], Sample]) -> bool:
         """One sample; what could not be measured is told (and False), whatever it was, and the rest goes on."""
@@ -261,7 +261,7 @@ class Bench:
         }
         if WHOLE_STACK & set(self.measured):
             self._peer_mlflow_idle.append(servers["peer"].memory() / MIB)
-        few = 20 if self.quick else 400
+        few = 8 if self.quick else 400
         for side, server in in_turn(list(servers.items()), number):
             calls = {
                 # A run takes some milliseconds: fewer would be over before the machine has found its pace.

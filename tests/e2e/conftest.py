@@ -21,20 +21,18 @@ PATIENCE_S = 300
 
 
 @pytest.fixture(scope="session")
-def finished(airflow: Airflow) -> dict[str, Any]:
-    """A run of the pipeline that has ended well, and what its last task returned."""
+def finished(stack: StackUnderTest, airflow: Airflow) -> dict[str, Any]:
+    """A run of the pipeline that has ended well: what its last task returned, and what `make demo` said of it, which
+    began it as a newcomer does, from a DAG that is paused. The tests need it unpaused."""
     airflow.wait_for_dag(DAG_ID)
-    before = [one["dag_run_id"] for one in airflow.under_way(DAG_ID)]
-    assert not before, f"runs of {DAG_ID} are under way, and it has one at a time; end them first: {before}"
+    airflow.set_paused(DAG_ID, True)
+    said = stack.make("demo")
+    paused_again = airflow.wait_for_dag(DAG_ID)["is_paused"]
     airflow.set_paused(DAG_ID, False)
-    run_id = airflow.trigger(DAG_ID, AUTOMATIC)
-    state = airflow.follow(DAG_ID, run_id, patience=PATIENCE_S)
-    assert state == "success", {
-        one["task_id"]: airflow.task_log(DAG_ID, run_id, one["task_id"], map_index=one["map_index"])
-        for one in airflow.task_instances(DAG_ID, run_id)
-        if one["state"] == "failed"
-    }
-    return {**airflow.xcom(DAG_ID, run_id, "promote"), "run_id": run_id}
+    assert said.code == 0, said.output
+    run_id = run_in(said.output)
+    result = airflow.xcom(DAG_ID, run_id, "promote")
+    return {**result, "run_id": run_id, "said": said.output, "paused_again": paused_again}
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +46,18 @@ def tracking(stack: StackUnderTest) -> Iterator[MlflowClient]:
 
 
 @pytest.fixture
-def name(stack: StackUnderTest) -> Iterator[str]:
+def username(stack: StackUnderTest) -> Iterator[str]:
     """Of a person, who is removed at the end."""
     chosen = f"t{time.time_ns()}"
     yield chosen
     stack.make("user-remove", f"NAME={chosen}")
+
+
+def run_in(demo: str) -> str:
+    """The run's id, from what `make demo` has told."""
+    found = re.search(rf"^run +http://\S+/dags/{DAG_ID}/runs/(\S+)  \(\w+\)$", demo, re.MULTILINE)
+    assert found, demo
+    return found[1]
 
 
 def password_in(exports: str) -> str:

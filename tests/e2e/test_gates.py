@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -16,7 +17,7 @@ from mlflow import MlflowClient
 
 from stack.airflow import Airflow
 from stack.errors import StackError
-from tests.e2e.conftest import AUTOMATIC, DAG_ID, MODEL, PATIENCE_S, password_in
+from tests.e2e.conftest import AUTOMATIC, DAG_ID, MODEL, PATIENCE_S, password_in, run_in
 from tests.support import StackUnderTest, wait_until
 
 APPROVAL_S = 180
@@ -49,13 +50,16 @@ def closed_at(airflow: Airflow, run_id: str, gate: str) -> None:
     assert {name: found[name] for name in behind} == {name: {"upstream_failed"} for name in behind}
 
 
-def test_damaged_data(airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]) -> None:
-    """Validation fails at once, and nothing is trained."""
+def test_damaged_data(
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]
+) -> None:
+    """Validation fails at once, `make demo` says why, and nothing is trained."""
     before = champion()
-    run_id = airflow.trigger(DAG_ID, AUTOMATIC | {"damage_data": True})
-    assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
+    said = stack.make("demo", "ARGS=--damage-data")
+    assert said.code != 0, said.output
+    run_id = run_in(said.output)
     closed_at(airflow, run_id, "validate")
-    assert "25 values outside 5 to 40" in airflow.task_log(DAG_ID, run_id, "validate")
+    assert re.search("^validate failed: .*25 values outside 5 to 40", said.output, re.MULTILINE), said.output
     experiment = tracking.get_experiment_by_name(DAG_ID)
     assert experiment is not None
     query = f"tags.`airflow.run_id` = '{run_id}'"
@@ -293,7 +297,7 @@ def answer(airflow: Airflow, run_id: str, option: str) -> None:
 
 
 def test_an_approval_that_is_given(
-    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str], name: str
+    stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str], username: str
 ) -> None:
     """Within three minutes a person is asked, with what there is to know; until then `make demo` starts no other run.
     Not everybody may answer. The challenger becomes champion, and there is no challenger any more."""
@@ -310,7 +314,9 @@ def test_an_approval_that_is_given(
     assert refused.code != 0
     assert "E-RUN-WAITS" in refused.output
     assert run_id in refused.output
-    viewer = Airflow(stack.airflow_url, name, password_in(stack.make("user", f"NAME={name}", "ROLE=viewer").output))
+    viewer = Airflow(
+        stack.airflow_url, username, password_in(stack.make("user", f"NAME={username}", "ROLE=viewer").output)
+    )
     with viewer, pytest.raises(StackError, match="403"):
         answer(viewer, run_id, "Approve")
     assert states(airflow, run_id)["approve"] == {"awaiting_input"}

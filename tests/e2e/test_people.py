@@ -24,14 +24,20 @@ def client(stack: StackUnderTest, user: str, password: str) -> httpx.Client:
     return httpx.Client(base_url=f"{stack.mlflow_url}/api/2.0/mlflow", auth=(user, password), timeout=30)
 
 
-def add_to_airflow(airflow: Airflow, name: str, email: str) -> None:
+def add_to_airflow(airflow: Airflow, username: str, email: str) -> None:
     """A viewer that MLflow does not know."""
-    person = {"username": name, "password": "only-for-this-test", "first_name": name, "last_name": "-", "email": email}
+    person = {
+        "username": username,
+        "password": "only-for-this-test",
+        "first_name": username,
+        "last_name": "-",
+        "email": email,
+    }
     airflow.request("POST", USERS, json={**person, "roles": [{"name": "Viewer"}]})
 
 
-def roles(airflow: Airflow, name: str) -> list[str]:
-    return [role["name"] for role in airflow.request("GET", f"{USERS}/{name}")["roles"]]
+def roles(airflow: Airflow, username: str) -> list[str]:
+    return [role["name"] for role in airflow.request("GET", f"{USERS}/{username}")["roles"]]
 
 
 @pytest.mark.parametrize(
@@ -39,77 +45,77 @@ def roles(airflow: Airflow, name: str) -> list[str]:
     [("viewer", "Viewer", 403), ("user", "User", 200), ("op", "Op", 200), ("admin", "Admin", 200)],
 )
 def test_one_login_for_both(
-    stack: StackUnderTest, airflow: Airflow, name: str, role: str, in_airflow: str, logs: int
+    stack: StackUnderTest, airflow: Airflow, username: str, role: str, in_airflow: str, logs: int
 ) -> None:
     """It opens both programs, and in MLflow others' experiments where the role says so."""
-    made = stack.make("user", f"NAME={name}", f"ROLE={role}")
+    made = stack.make("user", f"NAME={username}", f"ROLE={role}")
     assert made.code == 0, made.output
     password = password_in(made.output)
-    assert roles(airflow, name) == [in_airflow]
-    Airflow(stack.airflow_url, name, password)
+    assert roles(airflow, username) == [in_airflow]
+    Airflow(stack.airflow_url, username, password)
     with client(stack, stack.settings.admin_user, stack.secret("admin_password")) as admin:
-        experiment = admin.post("/experiments/create", json={"name": name}).json()["experiment_id"]
-        assert admin.get("/users/get", params={"username": name}).json()["user"]["is_admin"] is (role == "admin")
-    with client(stack, name, password) as person:
+        experiment = admin.post("/experiments/create", json={"name": username}).json()["experiment_id"]
+        assert admin.get("/users/get", params={"username": username}).json()["user"]["is_admin"] is (role == "admin")
+    with client(stack, username, password) as person:
         assert person.get("/experiments/get", params={"experiment_id": experiment}).status_code == 200
         assert person.post("/runs/create", json={"experiment_id": experiment}).status_code == logs
-        own = person.post("/experiments/create", json={"name": f"{name}-own"}).json()["experiment_id"]
+        own = person.post("/experiments/create", json={"name": f"{username}-own"}).json()["experiment_id"]
         assert person.post("/runs/create", json={"experiment_id": own}).status_code == 200
 
 
-def test_who_is_removed_is_gone_from_both(stack: StackUnderTest, name: str) -> None:
-    made = stack.make("user", f"NAME={name}")
+def test_who_is_removed_is_gone_from_both(stack: StackUnderTest, username: str) -> None:
+    made = stack.make("user", f"NAME={username}")
     password = password_in(made.output)
-    with client(stack, name, password) as person:
-        assert person.get("/users/get", params={"username": name}).status_code == 200
-        removed = stack.make("user-remove", f"NAME={name}")
+    with client(stack, username, password) as person:
+        assert person.get("/users/get", params={"username": username}).status_code == 200
+        removed = stack.make("user-remove", f"NAME={username}")
         assert removed.code == 0, removed.output
         assert "Airflow and MLflow" in removed.output
         with pytest.raises(StackError, match="refused the login"):
-            Airflow(stack.airflow_url, name, password)
+            Airflow(stack.airflow_url, username, password)
         search = {"experiment_ids": ["0"]}
         wait_until(
             lambda: person.post("/runs/search", json=search).status_code == 401,
             2 * CACHED_S,
             "MLflow to refuse the login",
         )
-    again = stack.make("user-remove", f"NAME={name}")
+    again = stack.make("user-remove", f"NAME={username}")
     assert again.code != 0
     assert "E-USER-UNKNOWN" in again.output
 
 
-def test_a_name_that_exists_in_mlflow_only_is_refused(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
+def test_a_name_that_exists_in_mlflow_only_is_refused(stack: StackUnderTest, airflow: Airflow, username: str) -> None:
     with client(stack, stack.settings.admin_user, stack.secret("admin_password")) as admin:
-        admin.post("/users/create", json={"username": name, "password": "only-for-this-test"}).raise_for_status()
-    refused = stack.make("user", f"NAME={name}")
+        admin.post("/users/create", json={"username": username, "password": "only-for-this-test"}).raise_for_status()
+    refused = stack.make("user", f"NAME={username}")
     assert "E-USER-EXISTS" in refused.output
     assert "why: in MLflow" in refused.output
-    assert not airflow.has(f"{USERS}/{name}")
-    with client(stack, name, "only-for-this-test") as person:
-        assert person.get("/users/get", params={"username": name}).status_code == 200
+    assert not airflow.has(f"{USERS}/{username}")
+    with client(stack, username, "only-for-this-test") as person:
+        assert person.get("/users/get", params={"username": username}).status_code == 200
 
 
-def test_a_name_that_exists_in_airflow_only_is_refused(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
-    add_to_airflow(airflow, name, f"{name}@example.invalid")
-    refused = stack.make("user", f"NAME={name}", "ROLE=admin")
+def test_a_name_that_exists_in_airflow_only_is_refused(stack: StackUnderTest, airflow: Airflow, username: str) -> None:
+    add_to_airflow(airflow, username, f"{username}@example.invalid")
+    refused = stack.make("user", f"NAME={username}", "ROLE=admin")
     assert "E-USER-EXISTS" in refused.output
     assert "why: in Airflow" in refused.output
-    assert roles(airflow, name) == ["Viewer"]
+    assert roles(airflow, username) == ["Viewer"]
     with client(stack, stack.settings.admin_user, stack.secret("admin_password")) as admin:
-        assert admin.get("/users/get", params={"username": name}).status_code == 404
+        assert admin.get("/users/get", params={"username": username}).status_code == 404
 
 
-def test_half_a_user_is_taken_back(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
+def test_half_a_user_is_taken_back(stack: StackUnderTest, airflow: Airflow, username: str) -> None:
     """Airflow refuses an address that somebody has: the login that MLflow had made is gone again."""
-    add_to_airflow(airflow, f"{name}x", f"{name}@localhost.invalid")
+    add_to_airflow(airflow, f"{username}x", f"{username}@localhost.invalid")
     try:
-        refused = stack.make("user", f"NAME={name}")
+        refused = stack.make("user", f"NAME={username}")
         assert refused.code != 0
         assert "E-AIRFLOW-API" in refused.output
         with client(stack, stack.settings.admin_user, stack.secret("admin_password")) as admin:
-            assert admin.get("/users/get", params={"username": name}).status_code == 404
+            assert admin.get("/users/get", params={"username": username}).status_code == 404
     finally:
-        airflow.request("DELETE", f"{USERS}/{name}x")
+        airflow.request("DELETE", f"{USERS}/{username}x")
 
 
 @pytest.mark.parametrize("bad", ["Ada", "a", "a b", "x" * 33, "admin", "airflow", "serving", "", "-rf", "a;id"])
@@ -119,11 +125,11 @@ def test_a_bad_name_is_refused(stack: StackUnderTest, bad: str) -> None:
     assert "E-USER-NAME" in refused.output or "usage:" in refused.output, refused.output
 
 
-def test_an_unknown_role_is_refused(stack: StackUnderTest, airflow: Airflow, name: str) -> None:
-    refused = stack.make("user", f"NAME={name}", "ROLE=boss")
+def test_an_unknown_role_is_refused(stack: StackUnderTest, airflow: Airflow, username: str) -> None:
+    refused = stack.make("user", f"NAME={username}", "ROLE=boss")
     assert refused.code != 0
     assert "invalid choice: 'boss' (choose from 'viewer', 'user', 'op', 'admin')" in refused.output
-    assert not airflow.has(f"{USERS}/{name}")
+    assert not airflow.has(f"{USERS}/{username}")
 
 
 def test_the_first_run(stack: StackUnderTest, tracking: MlflowClient) -> None:

@@ -75,6 +75,20 @@ def test_no_row_changes_sides(stack: StackUnderTest) -> None:
     assert "too few rows of one class" in found["REFUSED"]
 
 
+def test_the_demonstration_says_where_its_results_are(stack: StackUnderTest, finished: dict[str, Any]) -> None:
+    """Each link once, and the DAG is paused, as it was."""
+    ui = f"{stack.mlflow_url}/#"
+    for told in (
+        f"run       {stack.airflow_url}/dags/{DAG_ID}/runs/{finished['run_id']}  (success)",
+        f"best      {finished['name']}: roc_auc {finished['metrics']['roc_auc']:.4f}",
+        f"compare   {ui}/experiments/{finished['experiment_id']}\n",
+        f"mlflow    {finished['url']}\n",
+        f"model     {ui}/models/{MODEL}/versions/{finished['version']}  (models:/{MODEL}@champion)",
+    ):
+        assert finished["said"].count(told) == 1, (told, finished["said"])
+    assert finished["paused_again"]
+
+
 def test_all_candidates_are_in_mlflow(tracking: MlflowClient, finished: dict[str, Any]) -> None:
     """Each has its parameters, plausible metrics, its plots and a link to the Airflow run that made it."""
     runs = tracking.search_runs(

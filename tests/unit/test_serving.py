@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -37,6 +39,15 @@ def refused(body: bytes, kind: str = JSON, columns: tuple[Column, ...] = COLUMNS
     with pytest.raises(RefusedError) as error:
         inputs.parse(body, kind, columns)
     return error.value
+
+
+def refused_at_the_cost_of(body: bytes, kind: str = JSON) -> tuple[RefusedError, int]:
+    """The refusal, and the bytes that it took at most."""
+    tracemalloc.start()
+    try:
+        return refused(body, kind), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 ROWS = {"a": [1.0, 2.5], "b": [3, 4], "note": [None, None]}
@@ -125,16 +136,35 @@ def test_a_value_that_one_row_lacks() -> None:
 def test_names_that_the_model_does_not_have_are_only_counted() -> None:
     """One in each of many rows, which takes little room in a request, takes little here."""
     body = json.dumps({"dataframe_records": [{f"k{number}": 0} for number in range(5000)]}).encode()
-    tracemalloc.start()
-    try:
-        error = refused(body)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    error, peak = refused_at_the_cost_of(body)
     assert error.status == 422
     assert "does not have: k0, k1" in error.message
     assert "and 4990 more" in error.message
     assert peak < 20 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("unit", "around", "kind", "status"),
+    [
+        (b"\n", (b"", b""), "text/csv", 400),
+        (b"1\n", (b"a\n", b""), "text/csv", 413),
+        (b"[" * 400 + b"]" * 400 + b",", (b'{"instances": [', b"0]}"), JSON, 413),
+        (b'{"":0},', (b'{"instances": [', b"0]}"), JSON, 413),
+    ],
+)
+def test_what_is_short_in_a_request_is_not_long_in_memory(
+    unit: bytes, around: tuple[bytes, bytes], kind: str, status: int
+) -> None:
+    """Two megabytes of nearly nothing are refused before they are 50 to 140."""
+    size = 2 << 20
+    error, peak = refused_at_the_cost_of(around[0] + unit * (size // len(unit)) + around[1], kind)
+    assert error.status == status, error.message
+    assert peak < 8 * size
+
+
+def test_brackets_in_a_text_are_no_rows() -> None:
+    text = '[{ "\\' * inputs.LARGE
+    assert read({"instances": [{"a": 1, "b": 2, "note": text}]})["note"] == [text]
 
 
 def test_too_many_rows() -> None:
@@ -526,6 +556,29 @@ def served(registry: FakeRegistry, followed: Follower) -> Served:
     registry.answer = "1"
     followed.look()
     return Served(made, registry, followed, log, metrics)
+
+
+@pytest.mark.parametrize(("padding", "at_once"), [(0, 2), (inputs.LARGE, 1)])
+def test_one_large_body_is_read_at_a_time(
+    served: Served, monkeypatch: pytest.MonkeyPatch, padding: int, at_once: int
+) -> None:
+    both, inside, seen = threading.Event(), [], []
+    parse = inputs.parse
+
+    def watched(*words: Any) -> Any:
+        inside.append(1)
+        seen.append(len(inside))
+        if len(inside) == 2:
+            both.set()
+        both.wait(0.5)
+        inside.pop()
+        return parse(*words)
+
+    monkeypatch.setattr(inputs, "parse", watched)
+    body = b'{"inputs": [1.5]}' + b" " * padding
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: served.post(body, JSON).status_code, range(2)))
+    assert (answers, max(seen)) == ([200, 200], at_once)
 
 
 def test_a_prediction(served: Served) -> None:

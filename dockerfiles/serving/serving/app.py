@@ -8,6 +8,7 @@ import hmac
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,7 @@ class Api:
         self._metrics = metrics
         self._busy = 0
         self._held = 0
+        self._one_large = threading.Lock()
 
     async def invocations(self, request: Request) -> Response:
         """Predictions for the rows of a request."""
@@ -187,7 +189,12 @@ class Api:
         return state.model
 
     def _answer(self, model: Model, body: bytes, kind: str) -> Response:
-        """In a thread of the pool: reads, predicts, keeps the rows."""
+        """In a thread of the pool: reads, predicts, keeps the rows. One large body at a time, for there is memory for
+        the values of one."""
+        with self._one_large if len(body) > inputs.LARGE else contextlib.nullcontext():
+            return self._read_and_predict(model, body, kind)
+
+    def _read_and_predict(self, model: Model, body: bytes, kind: str) -> Response:
         table = inputs.parse(body, kind, model.columns)
         try:
             told = model.predict(table)

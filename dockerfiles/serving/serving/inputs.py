@@ -10,8 +10,10 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -22,6 +24,11 @@ TOLD = 10
 """So many columns are named in one message."""
 ROWS = 10_000
 """Of one request. What is logged waits in memory, and the rows of others with it."""
+LARGE = 256 << 10
+"""Bytes from which a body is looked at before it is read, and read alone: what many short values become in memory is
+up to 26 times as large as they are, and what brackets become 44 times."""
+OPENING = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]', re.DOTALL)
+"""A text, in which there may be any number of brackets, or one bracket."""
 YEARS = range(1678, 2262)
 """Moments that NumPy counts in nanoseconds, of which models are made."""
 
@@ -71,7 +78,7 @@ def parse(body: bytes, content_type: str, columns: Sequence[Column]) -> Table:
     if rows == 0:
         raise _malformed("there are no rows")
     if rows > ROWS:
-        raise RefusedError(413, "TOO_LARGE", f"a request has at most {ROWS:,} rows: send its {rows:,} in several")
+        raise _too_many()
     return _enforce(table, rows, columns, read)
 
 
@@ -89,10 +96,19 @@ def _malformed(message: str) -> RefusedError:
     return RefusedError(400, "MALFORMED", message)
 
 
+def _too_many() -> RefusedError:
+    return RefusedError(413, "TOO_LARGE", f"a request has at most {ROWS:,} rows: send its rows in several")
+
+
 # --- JSON ---
 
 
 def _from_json(body: bytes, columns: Sequence[Column]) -> Table:
+    if len(body) > LARGE:
+        # A row is a list or an object at the most.
+        opened = (1 for found in OPENING.finditer(body) if found[0] in (b"[", b"{"))
+        if sum(itertools.islice(opened, ROWS + TOLD)) == ROWS + TOLD:
+            raise _too_many()
     try:
         document = json.loads(body.decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -161,15 +177,20 @@ def _are(kind: type, values: Any) -> bool:
 
 
 def _from_csv(body: bytes) -> Table:
+    rows: list[list[str]] = []
     try:
-        lines = list(csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True))
+        lines = filter(None, csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True))
+        names = next(lines, [])
+        if len(set(names)) != len(names):
+            raise _malformed("CSV: two columns have the same name")
+        for row in lines:
+            if len(row) != len(names):
+                raise _malformed("CSV: each row must have a value for each column of the first line")
+            if len(rows) == ROWS:
+                raise _too_many()
+            rows.append(row)
     except (csv.Error, UnicodeDecodeError) as error:
         raise _malformed(f"this is not CSV: {error}") from None
-    names, *rows = [line for line in lines if line] or [[]]
-    if len(set(names)) != len(names):
-        raise _malformed("CSV: two columns have the same name")
-    if any(len(row) != len(names) for row in rows):
-        raise _malformed("CSV: each row must have a value for each column of the first line")
     # An empty field is no value.
     return {name: [row[place] or None for row in rows] for place, name in enumerate(names)}
 
@@ -222,7 +243,7 @@ def _wrong(column: Column, values: list[Any], read: Callable[[Any], Any]) -> str
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
-    return ", ".join(repr(name) if not name.strip() else name for name in names[:TOLD]) + more
+    return ", ".join((repr(name) if not name.strip() else name)[:100] for name in names[:TOLD]) + more
 
 
 def _number(value: Any) -> float:

@@ -91,6 +91,14 @@ def last_look(client: MlflowClient, version: str) -> str:
     return max((run.data.tags.get(SEEN, "") for run in runs), default="")
 
 
+def have_seen(verdict: dict[str, Any]) -> None:
+    """Remembers on a look's run what it has seen, once it is known what comes of it: what a look that failed on the way
+    had before it is in the next one's window, too."""
+    from mlflow import MlflowClient
+
+    MlflowClient().set_tag(verdict["run_id"], SEEN, verdict["until"])
+
+
 def objects(store: Any, since: datetime, until: datetime) -> Iterator[str]:
     """The keys of the predictions' objects that were written in a window, the newest first."""
     # A row's moment may be a little later than the name of its object: each row of a large request has one of its own.
@@ -208,7 +216,7 @@ def picture(columns: list[dict[str, Any]], reference: pd.DataFrame, live: pd.Dat
     },
     params={
         "hours": Param(24, type="integer", minimum=1, maximum=720, description="Look back so far at the most."),
-        "min_rows": Param(200, type="integer", minimum=20, description="With fewer new predictions nothing is said."),
+        "min_rows": Param(200, type="integer", minimum=200, description="With fewer new predictions nothing is said."),
         "max_rows": Param(
             20_000, type="integer", minimum=100, maximum=50_000, description="Of more, the newest are looked at."
         ),
@@ -323,7 +331,6 @@ def drift_watch() -> None:
             "airflow.run_id": context["run_id"],
             "model.name": MODEL_NAME,
             "model.version": window["version"],
-            SEEN: window["until"],
         }
         experiment = mlflow.set_experiment(EXPERIMENT)
         # A former try that lost MLflow could not end its run, which would be running for ever.
@@ -356,6 +363,7 @@ def drift_watch() -> None:
             "drifted": drifted,
             "experiment_id": run.info.experiment_id,
             "run_id": run.info.run_id,
+            "until": window["until"],
         }
 
     @task.short_circuit
@@ -367,6 +375,7 @@ def drift_watch() -> None:
         threshold = context["params"]["threshold"]
         if verdict["share"] < threshold:
             print(f"{verdict['share']:.0%} drifted, less than {threshold:.0%}: all is well")
+            have_seen(verdict)
             return False
         asked = MlflowClient().get_model_version(MODEL_NAME, verdict["version"]).tags.get(ASKED)
         if asked and asked != context["run_id"]:
@@ -374,6 +383,7 @@ def drift_watch() -> None:
                 f"version {verdict['version']} has drifted; the run {asked} has asked for a retraining already. "
                 f"If nothing came of it (train_model was paused?), remove the version's tag {ASKED} in MLflow"
             )
+            have_seen(verdict)
             return False
         return True
 
@@ -386,6 +396,7 @@ def drift_watch() -> None:
         # Before the asset, which is updated when this task has ended well. A second attempt finds its own run's name
         # here and goes on; a later run finds another's and does not get here.
         MlflowClient().set_model_version_tag(MODEL_NAME, verdict["version"], ASKED, context["run_id"])
+        have_seen(verdict)
         context["outlet_events"][DRIFT].extra = {
             "model": MODEL_NAME,
             "version": verdict["version"],

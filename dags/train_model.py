@@ -206,8 +206,8 @@ def comparable(champion: Any) -> bool:
     another split left for training. Of one that was made otherwise it is not known."""
     import mlflow
 
-    made = mlflow.MlflowClient().get_run(champion.run_id).data.params if champion.run_id else {}
-    return "data" not in made or made.get("split") == SPLIT
+    made = mlflow.MlflowClient().get_run(champion.run_id).data if champion.run_id else None
+    return made is None or made.tags.get("airflow.dag_id") != dag_id() or made.params.get("split") == SPLIT
 
 
 def held_back(frame: pd.DataFrame) -> pd.Series:
@@ -522,9 +522,10 @@ def train_model() -> None:
             print(f"{place}. {result['name']}: {result['cv_roc_auc']:.4f} in cross-validation, roc_auc {held_out:.4f}")
         best = ranked[0]
         limit = get_current_context()["params"]["min_roc_auc"]
-        champion = champion_version()
+        champion, not_compared = champion_version(), None
         if champion is not None and not comparable(champion):
-            print(f"champion, version {champion.version}: trained on rows of another split, and so not compared")
+            not_compared = champion.version
+            print(f"champion, version {not_compared}: trained on rows of another split, and so not compared")
         elif champion is not None:
             name, tag = f"champion-{champion.version}", "airflow.compared_by"
             end_former_tries(mlflow.set_experiment(dag_id()).experiment_id, name, tag)
@@ -553,7 +554,8 @@ def train_model() -> None:
             )
         except ModelValidationFailedException as error:
             raise AirflowFailException(f"{best['name']} is not good enough: {error}") from error
-        return {**best, "limit": limit, "champion": champion.version if champion else None}
+        known = {"champion": champion.version if champion else None, "not_compared": not_compared}
+        return {**best, "limit": limit, **known}
 
     @task
     def register(best: dict[str, Any]) -> dict[str, Any]:
@@ -586,6 +588,8 @@ def train_model() -> None:
             "**{{ made.name }}**, version {{ made.version }} of `{{ made.model }}`: "
             "roc_auc {{ '%.4f' | format(made.metrics.roc_auc) }} "
             "(at least {{ '%.4f' | format(made.limit) }}), trained on {{ made.source }}. "
+            "{% if made.not_compared %}Not compared with the champion, version {{ made.not_compared }}, which was "
+            "trained on rows of another split. {% endif %}"
             "[The run in MLflow]({{ made.url }})"
         ),
         # Not asked a second time; how long is Approval's to say.

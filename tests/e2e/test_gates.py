@@ -249,25 +249,27 @@ print("version", version)
 def test_worse_than_the_champion(
     stack: StackUnderTest, airflow: Airflow, tracking: MlflowClient, champion: Callable[[], str]
 ) -> None:
-    """A champion that has every row by heart is not replaced by one that is good enough otherwise; but where this DAG
-    trained it, and says of no split, or of another, that it did so."""
+    """A champion that has every row by heart is not replaced by one that is good enough otherwise, whatever parameters
+    it has; but where this DAG trained it, and says of no split, or of another, that it did so."""
     before = champion()
     made = stack.python("airflow-worker", KNOWS_ALL)
     assert made.code == 0, made.output
     try:
         better = champion()
         assert f"version {better}" in made.output.splitlines()
+        trained = tracking.get_model_version(MODEL, better).run_id
+        tracking.log_param(trained, "data", "a person's")
         run_id = airflow.trigger(DAG_ID, AUTOMATIC)
         assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "failed"
         closed_at(airflow, run_id, "choose")
         assert "is not good enough" in airflow.task_log(DAG_ID, run_id, "choose")
         assert champion() == better
 
-        trained = tracking.get_model_version(MODEL, better).run_id
-        tracking.log_param(trained, "data", "as if this DAG had trained it")
+        tracking.set_tag(trained, "airflow.dag_id", DAG_ID)
         clear(airflow, run_id, "choose")
         assert airflow.follow(DAG_ID, run_id, patience=PATIENCE_S) == "success"
         assert "trained on rows of another split" in airflow.task_log(DAG_ID, run_id, "choose", attempt=2)
+        assert airflow.xcom(DAG_ID, run_id, "choose")["not_compared"] == better
         assert champion() == airflow.xcom(DAG_ID, run_id, "register")["version"]
     finally:
         tracking.set_registered_model_alias(MODEL, "champion", before)

@@ -60,8 +60,8 @@ class People:
         self._open.close()
 
     def add(self, name: str, role: Role) -> str:
-        """Makes both logins and returns their password. Raises StackError, and then neither is there; where an answer
-        was lost, one may be, which the next attempt says."""
+        """Makes both logins and returns their password. Raises StackError, and then neither is there; where MLflow does
+        not answer any more, one may be left, which the error says."""
         self._check(name)
         if places := self._places(name):
             raise StackError(
@@ -72,8 +72,14 @@ class People:
             )
         password = secrets.token_urlsafe(18)
         with ExitStack() as undo:
-            self._ask_mlflow("POST", f"{MLFLOW_USERS}/create", {"username": name, "password": password})
-            undo.callback(self._ask_mlflow, "DELETE", f"{MLFLOW_USERS}/delete", {"username": name})
+            try:
+                self._ask_mlflow("POST", f"{MLFLOW_USERS}/create", {"username": name, "password": password})
+            except StackError as error:
+                if error.code == "E-NO-STACK":
+                    # The question may have arrived.
+                    error.changed = left_in_mlflow(name)
+                raise
+            undo.push(lambda _kind, error, _trace: self._take_back(name, error))
             if role.mlflow_admin:
                 self._ask_mlflow("PATCH", f"{MLFLOW_USERS}/update-admin", {"username": name, "is_admin": True})
             for kind in ("experiment", "registered_model") if role.mlflow_edits else ():
@@ -91,6 +97,15 @@ class People:
             self._airflow.request("POST", AIRFLOW_USERS, json=person)
             undo.pop_all()
         return password
+
+    def _take_back(self, name: str, error: BaseException | None) -> None:
+        """Removes the login in MLflow after an error, which says so where that fails: its own reason is not lost."""
+        try:
+            self._ask_mlflow("DELETE", f"{MLFLOW_USERS}/delete", {"username": name})
+        except StackError:
+            if not isinstance(error, StackError):
+                raise
+            error.changed = left_in_mlflow(name)
 
     def remove(self, name: str) -> list[str]:
         """Removes the logins and returns where there was one. What the person made stays."""
@@ -138,6 +153,11 @@ class People:
 
     def _ask_mlflow(self, method: str, path: str, body: dict[str, Any]) -> None:
         _good(self._mlflow.request(method, path, json=body))
+
+
+def left_in_mlflow(name: str) -> str:
+    """What an error says was changed, where a login without a known password may be there."""
+    return f"there may be a login {name} in MLflow: `make user-remove NAME={name}`"
 
 
 def _good(answer: httpx.Response) -> httpx.Response:

@@ -52,7 +52,8 @@ def main() -> int:
             admin.user_add(access_key=identity, secret_key=secret)
             admin.policy_add(policy_name=identity, policy_file=str(POLICIES / f"{identity}.json"))
             _attach(admin, identity)
-            _prove(endpoint, identity, secret, bucket)
+            known = Minio(endpoint=endpoint, access_key=identity, secret_key=secret, secure=False, http_client=pool)
+            _prove(known, identity, bucket)
             print(f"identity {identity} may use bucket {bucket}")
     except (S3Error, MinioAdminException) as error:
         print(f"error[E-STORE]: the object store refused: {error}", file=sys.stderr)
@@ -74,9 +75,8 @@ def _attach(admin: MinioAdmin, identity: str) -> None:
             raise
 
 
-def _prove(endpoint: str, identity: str, secret: str, bucket: str) -> None:
+def _prove(client: Minio, identity: str, bucket: str) -> None:
     """Returns once the store knows the identity, by its secret: it takes a moment. It can list its bucket then."""
-    client = Minio(endpoint=endpoint, access_key=identity, secret_key=secret, secure=False)
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -18,7 +18,7 @@ from stack.console import Step, say
 from stack.errors import Exit, StackError
 from stack.host import Host
 from stack.instance import ROOT, VAR
-from stack.process import capture, stream
+from stack.process import OUT_OF_TIME, capture, stream
 from stack.settings import DEFAULTS, Settings
 
 DOCKERFILES = ROOT / "dockerfiles"
@@ -31,6 +31,7 @@ BOOTSTRAPPED = "stack-debian:trixie"
 
 # A cold build of everything took 11 minutes on 2 cores; slower machines get six times that.
 _BUILD_TIMEOUT_S = 4000
+_TRANSFER_TIMEOUT_S = 1800
 _CA_BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -219,7 +220,10 @@ def _build_error(log: str) -> str:
 
 
 def base_image(host: Host, settings: Settings) -> str:
-    """The name of a base image that this engine has: pulled, or bootstrapped where none answers."""
+    """The name of a base image that this engine has: pulled, or, in place of the default one, bootstrapped.
+
+    Raises StackError (E-BASE-IMAGE).
+    """
     wanted = settings.base_image
 
     def here(name: str) -> bool:
@@ -234,6 +238,16 @@ def base_image(host: Host, settings: Settings) -> str:
         pulled = capture(["docker", "pull", "--quiet", wanted], timeout=300, check=False)
         if pulled.code == 0:
             return wanted
+    if wanted != DEFAULTS.base_image:
+        # Named for what is in it, or to know where it comes from: another one is not what was asked for.
+        raise StackError(
+            "E-BASE-IMAGE",
+            f"BASE_IMAGE={wanted} could not be pulled",
+            why=pulled.err.strip()[-400:],
+            fix="correct BASE_IMAGE in stack.env, or docker login to its registry; then run the same command again",
+            changed="no image; what `make up` has written (settings, secrets) stays",
+            exit_code=Exit.TIMED_OUT if pulled.code == OUT_OF_TIME else Exit.FAILED,
+        )
     reason = (pulled.err.strip().splitlines() or ["no answer"])[-1]
     say(f"no registry gave {wanted} ({reason[:160]}): taking a base image that is made from the Debian mirror")
     if not here(BOOTSTRAPPED):
@@ -250,6 +264,7 @@ def bootstrap_base(host: Host, settings: Settings) -> None:
             why="a base image can be made from the Debian mirror only as root on Debian or Ubuntu",
             fix="set BASE_IMAGE in stack.env to a Debian 13 image of your registry, or run `make build` as root once",
             changed="no image; what `make up` has written (settings, secrets) stays",
+            exit_code=Exit.FAILED,
         )
     if capture(["mmdebstrap", "--version"], timeout=15, check=False).code != 0:
         engine.apt_install("mmdebstrap", "debian-archive-keyring")
@@ -299,7 +314,7 @@ def _transfer(verb: str, settings: Settings, wanted: Mapping[str, str], *, fix: 
     for image, tag in wanted.items():
         full = name(settings, image, tag)
         with Step(f"docker {verb} {full}"):
-            done = capture(["docker", verb, "--quiet", full], timeout=1800, check=False)
+            done = capture(["docker", verb, "--quiet", full], timeout=_TRANSFER_TIMEOUT_S, check=False)
         if done.code != 0:
             raise StackError(
                 "E-REGISTRY",
@@ -307,5 +322,5 @@ def _transfer(verb: str, settings: Settings, wanted: Mapping[str, str], *, fix: 
                 why=done.err.strip()[-400:],
                 fix=fix,
                 changed="images before this one are done",
-                exit_code=Exit.FAILED,
+                exit_code=Exit.TIMED_OUT if done.code == OUT_OF_TIME else Exit.FAILED,
             )

@@ -205,7 +205,7 @@ class Settings(BaseModel):
     base_image: str = Field(
         "debian:trixie-slim",
         title="Images",
-        description="Debian 13 base. Where no registry answers, it is bootstrapped from the Debian mirror instead.",
+        description="Debian 13 base. Where no registry gives the default, it is bootstrapped from the Debian mirror.",
     )
 
     install_engine: Literal["auto", "never"] = Field(

@@ -4,10 +4,12 @@
 #
 #   [VENV=var/NAME] venv.sh LOCK...
 #
-# Changes: that environment; as root on Debian or Ubuntu, installs python3-venv where it is missing.
-# Exit: 0 done, 1 failed, 3 a precondition is unmet and nothing was changed.
+# Changes: that environment, which one at a time prepares (VENV.lock; without flock(1) nobody waits); as root on Debian
+# or Ubuntu, installs python3-venv where it is missing.
+# Exit: 0 done, 1 failed, 3 a precondition is unmet and nothing was changed, 4 another one did not get done.
 set -eu
 
+code=3
 root=$(cd "$(dirname "$0")/.." && pwd)
 venv=$root/${VENV:-var/venv}
 
@@ -18,18 +20,26 @@ current() { # LOCK: whether it is installed as it stands
   cmp -s "$1" "$(stamp "$1")"
 }
 
-due=
-if "$venv/bin/python" -I -c 'import pip' 2>/dev/null; then
-  for lock in "$@"; do current "$lock" || due="$due $lock"; done
-else
-  # It was interrupted as it was made; or the host's Python is another one now, and looks elsewhere for packages.
-  due=$*
-fi
+look() { # LOCK...: sets `due` to those that are to be installed
+  due=
+  if "$venv/bin/python" -I -c 'import pip' 2>/dev/null; then
+    for lock in "$@"; do current "$lock" || due="$due $lock"; done
+  else
+    # It was interrupted as it was made; or the host's Python is another one now, and looks elsewhere for packages.
+    due=$*
+  fi
+}
+own() { # PATH: under sudo it belongs to the owner of the clone all the same
+  [ "$(id -u)" != 0 ] ||
+    chown -R "$(python3 -c 'import os, sys; s = os.stat(sys.argv[1]); print(f"{s.st_uid}:{s.st_gid}")' "$root")" "$1"
+}
+
+look "$@"
 [ -z "$due" ] && exit 0
 
 refuse() { # CODE WHAT WHY FIX
   printf 'error[%s]: %s\n  why: %s\n  fix: %s\n  changed: nothing. more: docs/errors.md\n' "$@" >&2
-  exit 3
+  exit "$code"
 }
 
 case $root in
@@ -59,8 +69,24 @@ if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
   fi
 fi
 
-echo "--> preparing the Python environment ${VENV:-var/venv}" >&2
 mkdir -p "$root/var"
+if command -v flock >/dev/null; then
+  # pip inherits it: should this script be killed, the environment is taken until pip has ended.
+  exec 9>>"$venv.lock"
+  own "$venv.lock"
+  if ! flock -n 9; then
+    echo "--> waiting for another command that prepares ${VENV:-var/venv}" >&2
+    flock -w 900 9 || {
+      code=4
+      refuse E-PIP "another command has prepared ${VENV:-var/venv} for more than 900 s" \
+        "one at a time may; it holds $venv.lock" 'wait for it, or end it; then run the same command again'
+    }
+  fi
+  # The other one may have done what was due.
+  look "$@"
+  [ -n "$due" ] || exit 0
+fi
+echo "--> preparing the Python environment ${VENV:-var/venv}" >&2
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   python3 -m venv --clear "$venv"
   due=$*
@@ -71,6 +97,4 @@ for lock in $due; do
       'see that pip reaches its index (docs/operate.md, mirrors and certificates), then run the same command again'
   cp "$lock" "$(stamp "$lock")"
 done
-# Under sudo it belongs to the owner of the clone all the same.
-[ "$(id -u)" != 0 ] ||
-  chown -R "$(python3 -c 'import os, sys; s = os.stat(sys.argv[1]); print(f"{s.st_uid}:{s.st_gid}")' "$root")" "$root/var"
+own "$root/var"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def write(path: Path, text: str) -> None:
     """
     # What a link points to is written, not the link.
     path = path.resolve()
-    partial = path.with_name(f"{path.name}.new")
-    try:
+    # Two writers do not share a folder; and a new file in it has the mode that any new file of this user has.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.new-") as own:
+        partial = Path(own) / path.name
         partial.write_text(text, encoding="utf-8")
         if path.exists():
             before = path.stat()
@@ -57,8 +59,6 @@ def write(path: Path, text: str) -> None:
                 os.chown(partial, before.st_uid, before.st_gid)
             partial.chmod(stat.S_IMODE(before.st_mode))
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def current() -> Instance:

@@ -7,8 +7,11 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,7 @@ def test_a_missing_command_and_a_failing_one() -> None:
         with pytest.raises(StackError) as error:
             process.capture(words, timeout=5)
         assert text in error.value.why
+        assert error.value.changed == "what was done before that stays"
     assert process.capture(["sh", "-c", "exit 7"], timeout=5, check=False).code == 7
 
 
@@ -159,6 +163,24 @@ def test_a_full_disk_leaves_a_file_as_it_was(tmp_path: Path) -> None:
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert link.is_symlink()
     assert sorted(tmp_path.iterdir()) == [link, file]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Two commands at once: each writes its own text whole, and none fails for want of what the other has moved."""
+    texts = [f"{number}\n" * 1000 for number in range(8)]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(lambda text: [write(tmp_path / ".env", text) for _ in range(50)], texts))
+    assert (tmp_path / ".env").read_text() in texts
+    assert list(tmp_path.iterdir()) == [tmp_path / ".env"]
+
+
+def test_a_new_file_has_the_mode_of_new_files(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / ".env", "")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o640
 
 
 def test_errors_say_what_why_fix_and_what_was_changed() -> None:
@@ -252,3 +274,57 @@ def test_the_build_reads_files_outside_its_directory(tmp_path: Path, monkeypatch
     monkeypatch.setattr(images, "stream", lambda *_, env, **__: seen.update(env) or 0)
     images.build(host.read(), DEFAULTS, {"redis": "1"})
     assert seen["BUILDX_BAKE_ENTITLEMENTS_FS"] == "0"
+
+
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with what the `docker` on the PATH does for anything but `image inspect`: it has no image."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "docker").write_text(f"#!/bin/sh\n[ \"$1\" = image ] && exit 1\n. '{folder}/does'\n")
+    (folder / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return folder / "does"
+
+
+USER = host.Host(8192, 2, "x86_64", "debian", "13", root=False, systemd=True)
+
+
+def test_a_base_image_that_was_asked_for_is_not_replaced(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the operator names is refused with docker's words; in place of the default one, ours is made."""
+    made = []
+    monkeypatch.setattr(images, "bootstrap_base", lambda *_: made.append("base"))
+    docker.write_text("echo 'manifest unknown' >&2; exit 1")
+    named = DEFAULTS.model_copy(update={"base_image": "registry.example.com/debian:13"})
+    with pytest.raises(StackError, match=r"BASE_IMAGE=registry\.example\.com/debian:13 could not be pulled") as refused:
+        images.base_image(replace(USER, root=True), named)
+    assert (refused.value.code, refused.value.exit_code) == ("E-BASE-IMAGE", Exit.FAILED)
+    assert refused.value.why == "manifest unknown"
+    assert made == []
+    assert images.base_image(replace(USER, root=True), DEFAULTS) == images.BOOTSTRAPPED
+    assert made == ["base"]
+    docker.write_text("exit 0")
+    assert images.base_image(USER, named) == "registry.example.com/debian:13"
+
+
+def test_no_base_image_is_no_unmet_precondition(docker: Path) -> None:
+    """`make up` has written settings and secrets by then: its code must not say that nothing was changed."""
+    docker.write_text("exit 1")
+    with pytest.raises(StackError, match="no registry gave") as error:
+        images.base_image(USER, DEFAULTS)
+    assert (error.value.code, error.value.exit_code) == ("E-BASE-IMAGE", Exit.FAILED)
+    assert "settings, secrets" in error.value.changed
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "why"),
+    [("echo denied >&2; exit 1", Exit.FAILED, "denied"), ("exec sleep 30", Exit.TIMED_OUT, "no answer within 0.3 s")],
+)
+def test_a_registry_that_refuses_and_one_that_does_not_answer(
+    docker: Path, monkeypatch: pytest.MonkeyPatch, does: str, code: Exit, why: str
+) -> None:
+    monkeypatch.setattr(images, "_TRANSFER_TIMEOUT_S", 0.3)
+    docker.write_text(does)
+    with pytest.raises(StackError, match="docker pull mlstack/redis:1 failed") as error:
+        images.pull(DEFAULTS, {"redis": "1"})
+    assert (error.value.code, error.value.exit_code, error.value.why) == ("E-REGISTRY", code, why)

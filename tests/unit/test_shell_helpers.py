@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -239,6 +241,60 @@ def test_an_environment_that_is_not_whole_is_made_anew(bare_host: Path, stamped:
     assert done.returncode == 0, done
     assert subprocess.run([made / "bin/python", "-c", "import pip"], check=False).returncode == 0
     assert ((made / ".x.lock").exists(), (made / ".y.lock").exists()) == (True, False)
+
+
+@contextlib.contextmanager
+def prepared_elsewhere(clone: Path) -> Iterator[None]:
+    """Another command prepares var/venv."""
+    (clone / "var").mkdir()
+    with (clone / "var/venv.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def test_one_at_a_time_prepares_the_environment(bare_host: Path) -> None:
+    """Two commands that find it missing, while a third prepares it: they say that they wait; then one of them makes it,
+    the other finds it made."""
+    words = ["sh", "scripts/venv.sh", "x.lock"]
+    with contextlib.ExitStack() as children:
+        with prepared_elsewhere(bare_host):
+            running = [
+                children.enter_context(subprocess.Popen(words, cwd=bare_host, stderr=subprocess.PIPE, text=True))
+                for _ in range(2)
+            ]
+            for child in running:
+                assert child.stderr
+                assert child.stderr.readline() == "--> waiting for another command that prepares var/venv\n"
+        said = [child.communicate(timeout=120)[1] for child in running]
+    assert [child.returncode for child in running] == [0, 0], said
+    assert sorted(said) == ["", "--> preparing the Python environment var/venv\n"]
+    assert (bare_host / "var/venv/.x.lock").exists()
+
+
+def test_the_wait_for_another_has_an_end(bare_host: Path) -> None:
+    changed_copy(ROOT / "scripts/venv.sh", bare_host / "scripts/venv.sh", "flock -w 900", "flock -w 0.1")
+    with prepared_elsewhere(bare_host):
+        done = venv(bare_host, PATH=os.environ["PATH"])
+    assert done.returncode == 4, done
+    assert "error[E-PIP]: another command has prepared var/venv" in done.stderr
+    assert not (bare_host / "var/venv").exists()
+
+
+def test_a_host_without_flock_does_not_wait(bare_host: Path) -> None:
+    """macOS has none. The environment is made nevertheless, here by a `python3` that only copies a file."""
+    for name in ("mkdir", "cp", "true"):
+        (bare_host / "bin" / name).symlink_to(shutil.which(name) or name)
+    for name, body in {
+        "id": "echo 1000",
+        "python3": f'[ "$2" != venv ] || {{ mkdir -p "$4/bin"; cp {bare_host}/bin/true "$4/bin/python"; }}',
+    }.items():
+        (bare_host / "bin" / name).unlink(missing_ok=True)
+        (bare_host / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (bare_host / "bin" / name).chmod(0o755)
+    with prepared_elsewhere(bare_host):
+        done = venv(bare_host)
+    assert (done.returncode, done.stderr) == (0, "--> preparing the Python environment var/venv\n")
+    assert (bare_host / "var/venv/.x.lock").exists()
 
 
 def test_apt_waits_for_whoever_installs_something(bare_host: Path) -> None:

@@ -1,7 +1,7 @@
 """make build / make push: builds the images that are due, or pushes all of them to IMAGE_PREFIX.
 
 Changes: images and build cache of the engine; with --push the registry. Exit: 0 done, 1 failed,
-3 refused and nothing changed.
+3 refused and nothing changed, 4 a registry did not answer in time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     # Those who pull may have services on that are off here.
     wanted = every if arguments.all or arguments.push else images.needed(chosen, every)
     due = images.missing(chosen, wanted)
-    preflight.check_engine_disk(running, to_build=bool(due))
+    preflight.check_engine_disk(running, to_build=len(due))
     if due:
         images.build(found, chosen, {image: wanted[image] for image in due})
     else:

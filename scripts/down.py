@@ -2,7 +2,8 @@
 
 Deleting asks at a terminal; without one it needs --yes 1 (make clean YES=1), or the stack's name where it was not
 started from this directory. Changes only what carries this stack's label, and nothing where another directory's
-stack has it. Exit: 0 done, 1 failed, 2 usage, 3 refused and nothing changed.
+stack has it. Exit: 0 done, 1 failed, 2 usage, 3 refused and nothing changed, 4 not stopped in
+time.
 """
 
 from __future__ import annotations

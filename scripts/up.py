@@ -4,7 +4,7 @@
 
 Changes: what `make init` changes, images, containers, networks and volumes of this stack. Running
 it again when all is well changes nothing. Exit: 0 healthy, 1 failed, 3 refused and nothing changed,
-4 not healthy in time.
+4 not pulled, stopped or healthy in time.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from stack.console import Step, say
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance, write
 from stack.plan import Plan
-from stack.process import OUT_OF_TIME, Child, capture
+from stack.process import Child, capture
 
 UP_PATIENCE_S = 420
 """A start from empty volumes took 40 s on 2 cores; a slow disk may need ten times that."""
@@ -44,9 +44,10 @@ def prepare(instance: Instance) -> Prepared:
     preflight.raise_all(preflight.before_engine(found, chosen, instance))
     running = engine.ensure(found, may_install=chosen.install_engine == "auto")
     compose.check_owner(instance, chosen.stack_name)
+    _check_renamed(instance, chosen.stack_name)
     tags = images.tags(chosen)
     due = images.missing(chosen, images.needed(chosen, tags))
-    to_build = bool(due) and chosen.image_source == "build"
+    to_build = len(due) if chosen.image_source == "build" else 0
     preflight.raise_all(preflight.with_engine(found, chosen, running, to_build=to_build))
     missing = secrets.check(instance.secrets, data_exists=bool(compose.volumes(chosen.stack_name)))
     plan = preflight.plan_for(found, chosen, running)
@@ -72,6 +73,33 @@ def prepare(instance: Instance) -> Prepared:
         written.append(instance.env_file.name)
     _hand_over(instance)
     return Prepared(chosen, plan, tags, written)
+
+
+def _check_renamed(instance: Instance, name: str) -> None:
+    """Raises StackError (E-SETTING) where the stack of this directory was made with another STACK_NAME, and is there.
+
+    It would run on, or its volumes lie, where no command of this directory reaches them.
+    """
+    before = compose.recorded(instance).get("STACK_NAME", name)
+    if before == name:
+        return
+    try:
+        compose.check_owner(instance, before)
+    except StackError as error:
+        if error.code != "E-NOT-YOURS":
+            raise
+        # The .env came with a copy of another's directory, which gets a name of its own here.
+        return
+    if not (compose.containers(before) or compose.volumes(before)):
+        return
+    raise StackError(
+        "E-SETTING",
+        f"STACK_NAME={name}, but the stack of {instance.directory} is {before}",
+        why=f"containers or volumes of {before} are there; they do not take another name, and would be left behind",
+        fix=f"write STACK_NAME={before} into stack.env again.\n"
+        "For a second stack: a directory of its own (STACK_DIR; docs/operate.md, several stacks on one host).\n"
+        f"To begin anew as {name}: `make clean` deletes {before} with all its data, then `make up`",
+    )
 
 
 def _check_dags(instance: Instance, chosen: settings.Settings, tags: dict[str, str], *, late: bool = False) -> None:
@@ -261,25 +289,27 @@ def _end(stack: Compose, progress: Step, words: list[str], *, only: str = "") ->
     Raises StackError (E-DOWN).
     """
     child = Child(stack.command(*words), stack.variables)
-    deadline = time.monotonic() + STOP_GRACE_S + 100
+    patience = STOP_GRACE_S + 100
+    deadline = time.monotonic() + patience
+    late = False
     try:
         while (code := child.poll()) is None:
             left = [one.service for one in stack.containers() if only in ("", one.service)]
             progress.update(f"waiting for {', '.join(left)}")
-            if time.monotonic() > deadline:
-                code = OUT_OF_TIME
+            if late := time.monotonic() > deadline:
                 break
             time.sleep(0.3)
     finally:
         child.stop()
     if code != 0:
+        waited = f"after {patience:.0f} s still waiting for: {', '.join(left) or 'Compose itself'}\n" if late else ""
         raise StackError(
             "E-DOWN",
-            f"docker compose {' '.join(words)} ended with code {code}",
-            why=child.tail(8),
+            f"docker compose {' '.join(words)} {'was not done in time' if late else f'ended with code {code}'}",
+            why=waited + child.tail(8),
             fix="run the same command again; `docker ps` shows what is left",
             changed="some containers may be gone",
-            exit_code=Exit.FAILED,
+            exit_code=Exit.TIMED_OUT if late else Exit.FAILED,
         )
 
 

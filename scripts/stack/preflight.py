@@ -27,6 +27,8 @@ from stack.settings import Settings
 ARCHITECTURES = ("x86_64", "amd64", "aarch64", "arm64")
 DISK_TO_BUILD_MIB = 12 * 1024
 """Images 2.2 GiB, build cache and package caches 6 GiB (measured after a cold build), and room."""
+DISK_TO_BUILD_ONE_MIB = 3 * 1024
+"""For a single image, beside others that are there; four or more need as much as all of them."""
 DISK_TO_RUN_MIB = 3 * 1024
 """Room for databases, logs and artifacts to begin with."""
 AIRFLOW_USER = 50000
@@ -77,8 +79,8 @@ def before_engine(host: Host, settings: Settings, instance: Instance) -> list[St
     )
 
 
-def with_engine(host: Host, settings: Settings, engine: Engine, *, to_build: bool) -> list[StackError]:
-    """What needs the engine's answer: its memory, its disk, the ports."""
+def with_engine(host: Host, settings: Settings, engine: Engine, *, to_build: int) -> list[StackError]:
+    """What needs the engine's answer: its memory, its disk for so many images to build, the ports."""
     own = _own_ports(settings.stack_name)
     checks: list[Callable[[], object]] = [
         lambda: plan_for(host, settings, engine),
@@ -155,10 +157,14 @@ def check_disk(path: Path, need_mib: int, what_for: str) -> None:
         )
 
 
-def check_engine_disk(engine: Engine, *, to_build: bool) -> None:
-    """Raises E-DISK when the engine's own file system lacks room; a remote or a hidden one is not seen."""
+def check_engine_disk(engine: Engine, *, to_build: int) -> None:
+    """Raises E-DISK when the engine's own file system lacks room to run, or for so many images to build.
+
+    A remote or a hidden one is not seen.
+    """
     if os.access(engine.root_dir, os.F_OK):
-        check_disk(Path(engine.root_dir), DISK_TO_BUILD_MIB if to_build else DISK_TO_RUN_MIB, "images and data")
+        need = max(DISK_TO_RUN_MIB, min(DISK_TO_BUILD_MIB, to_build * DISK_TO_BUILD_ONE_MIB))
+        check_disk(Path(engine.root_dir), need, "images and data")
 
 
 def check_clock() -> None:

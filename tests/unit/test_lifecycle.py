@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from scripts import down, status, up
+from scripts import build, down, status, up
 from stack import compose, engine, images, lifecycle, preflight, process
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
@@ -158,6 +158,23 @@ def test_a_full_disk_does_not_keep_a_stack_from_stopping(
     assert error.value.why.splitlines() == [*["y"] * 7, "its last words"]
 
 
+def test_a_stop_that_takes_too_long_says_what_it_waited_for(
+    docker: Docker, prepared: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with 4, as every wait does that runs out, and with 1 where Compose itself failed."""
+    docker.has(container("airflow-worker"), container("redis"))
+    (docker.folder / "compose").write_text("echo its last words; exit 7")
+    with pytest.raises(StackError, match="stop airflow-worker ended with code 7") as error:
+        lifecycle.down(prepared)
+    assert (error.value.exit_code, error.value.why) == (Exit.FAILED, "its last words")
+    monkeypatch.setattr(lifecycle, "STOP_GRACE_S", -99)
+    (docker.folder / "compose").write_text("echo its last words; sleep 30")
+    with pytest.raises(StackError, match="stop airflow-worker was not done in time") as error:
+        lifecycle.down(prepared)
+    assert (error.value.code, error.value.exit_code) == ("E-DOWN", Exit.TIMED_OUT)
+    assert error.value.why == "after 1 s still waiting for: airflow-worker\nits last words"
+
+
 def raising(error: Exception) -> Callable[..., None]:
     """A function that fails."""
 
@@ -185,6 +202,33 @@ def test_only_a_job_may_have_ended(
     (docker.folder / "compose").write_text(f"echo {service} h")
     assert lifecycle.is_current(compose.Compose(prepared)) is good
     assert status.main([]) == (0 if good else 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("permission denied while trying to connect to the Docker daemon socket", "E-ENGINE-ACCESS"),
+        ("Cannot connect to the Docker daemon. Is the docker daemon running?", "E-ENGINE"),
+    ],
+)
+@pytest.mark.parametrize("verb", [status, down], ids=["status", "down"])
+@pytest.mark.usefixtures("prepared")
+def test_an_engine_that_does_not_answer_is_told_as_that(docker: Docker, verb: Any, said: str, code: str) -> None:
+    """By every command, not only by `make up`."""
+    (docker.folder / "docker").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    with pytest.raises(StackError) as error:
+        verb.main([])
+    assert (error.value.code, error.value.exit_code, error.value.why) == (code, Exit.PRECONDITION, said)
+
+
+def test_an_engine_that_goes_away_meanwhile_is_no_unmet_precondition(docker: Docker, prepared: Instance) -> None:
+    """Exit code 3 would say that nothing was changed."""
+    stack = compose.Compose(prepared)
+    assert stack.containers() == []
+    (docker.folder / "docker").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(StackError) as error:
+        stack.containers()
+    assert (error.value.code, error.value.exit_code) == ("E-COMMAND", Exit.FAILED)
 
 
 def started(docker: Docker, env_file: Path) -> None:
@@ -234,6 +278,69 @@ def test_up_does_not_take_over_anothers_stack(
     assert here.env_file.read_text() == before
     assert not [call for call in docker.calls if not call.startswith("ps")]
     compose.check_owner(here, "its-own")
+
+
+@pytest.mark.parametrize(("source", "asked"), [("build", [2, 2]), ("pull", [0, 2])])
+@pytest.mark.usefixtures("docker")
+def test_room_is_asked_for_the_images_that_are_due(
+    prepared: Instance, monkeypatch: pytest.MonkeyPatch, source: str, asked: list[int]
+) -> None:
+    """By `make up`, which pulls them where it is told to, and by `make build`."""
+    seen: list[int] = []
+
+    def note(*_: object, to_build: int) -> None:
+        seen.append(to_build)
+        raise LookupError
+
+    monkeypatch.setattr(preflight, "before_engine", lambda *_: [])
+    monkeypatch.setattr(engine, "ensure", lambda *_, **__: None)
+    monkeypatch.setattr(images, "missing", lambda *_: ["redis", "mlflow"])
+    monkeypatch.setattr(preflight, "with_engine", note)
+    monkeypatch.setattr(preflight, "check_engine_disk", note)
+    prepared.settings_file.write_text(f"STACK_NAME=ours\nIMAGE_SOURCE={source}\n")
+    with pytest.raises(LookupError):
+        lifecycle.prepare(prepared)
+    with pytest.raises(LookupError):
+        build.main([])
+    assert seen == asked
+
+
+@pytest.mark.parametrize("left", ["containers", "volumes", "nothing", "another's"])
+def test_a_renamed_stack_does_not_leave_the_old_one_behind(
+    docker: Docker, prepared: Instance, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Running or stopped: refused before anything is written. The .env of a copy tells of the original's."""
+    monkeypatch.setattr(preflight, "before_engine", lambda *_: [])
+    monkeypatch.setattr(engine, "ensure", lambda *_, **__: None)
+    # What comes next in `prepare`.
+    monkeypatch.setattr(images, "tags", raising(LookupError()))
+    here = prepared
+    if left == "another's":
+        here = Instance(prepared.directory.with_name("copy"))
+        shutil.copytree(prepared.directory, here.directory)
+    if left in ("containers", "another's"):
+        # Of the new name there are none: the answers are not the project's.
+        (docker.folder / "docker").write_text(
+            (docker.folder / "docker").read_text().replace("ps*)", "ps*project=new) ;;\n  ps*)")
+        )
+        started(docker, prepared.env_file)
+    if left == "volumes":
+        (docker.folder / "volumes").write_text("ours_postgres\n")
+    here.settings_file.write_text("STACK_NAME=new\n")
+    before = {path: path.read_text() for path in (here.settings_file, here.env_file)}
+    if left in ("nothing", "another's"):
+        with pytest.raises(LookupError):
+            lifecycle.prepare(here)
+    else:
+        with pytest.raises(StackError, match=r"STACK_NAME=new, but the stack of .* is ours") as error:
+            lifecycle.prepare(here)
+        assert (error.value.code, error.value.exit_code) == ("E-SETTING", Exit.PRECONDITION)
+        here.settings_file.write_text("STACK_NAME=ours\n")
+        with pytest.raises(LookupError):
+            lifecycle.prepare(here)
+        here.settings_file.write_text("STACK_NAME=new\n")
+    assert {path: path.read_text() for path in before} == before
+    assert list(here.secrets.iterdir()) == []
 
 
 @pytest.mark.parametrize("labels", [{}, {"working_dir": "/srv/shop"}, {"environment_file": "/srv/shop/gone.env"}])

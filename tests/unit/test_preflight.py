@@ -62,7 +62,7 @@ def test_a_used_port_is_refused_and_a_free_one_is_not(listener: int) -> None:
 def test_somebody_elses_port_is_told(listener: int) -> None:
     # The default ports may be in use on this host: a stack may well run here.
     chosen = settings.parse(f"AIRFLOW_PORT={listener}\nMLFLOW_PORT={free_ports(1)[0]}")
-    (error,) = preflight.with_engine(HOST, chosen, ENGINE, to_build=False)
+    (error,) = preflight.with_engine(HOST, chosen, ENGINE, to_build=0)
     assert error.code == "E-PORT"
     assert f"AIRFLOW_PORT={listener}" in error.what
 
@@ -71,7 +71,7 @@ def test_ports_of_our_own_containers_are_no_obstacle(listener: int, fake_docker:
     """Else a second `make up` would refuse what the first one started; by address and port, v4 and v6."""
     fake_docker.write_text(f"5432/tcp\n127.0.0.1:{listener}->8080/tcp\n9000/tcp, [::1]:5000->5000/tcp\n")
     assert preflight._own_ports("x") == {listener, 5000}
-    assert preflight.with_engine(HOST, settings.parse(f"AIRFLOW_PORT={listener}"), ENGINE, to_build=False) == []
+    assert preflight.with_engine(HOST, settings.parse(f"AIRFLOW_PORT={listener}"), ENGINE, to_build=0) == []
 
 
 def test_ports_of_pages_that_are_off_do_not_count() -> None:
@@ -185,21 +185,25 @@ def test_a_smaller_engine_rules() -> None:
 
 
 def test_a_full_engine_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More is needed to build than to run; an engine on another machine shows no disk here."""
+    """What all images need is not asked for again when one is due; another machine's engine shows no disk here."""
     engine = replace(ENGINE, root_dir=str(tmp_path))
-    monkeypatch.setattr(preflight, "DISK_TO_BUILD_MIB", 2**40)
-    monkeypatch.setattr(preflight, "DISK_TO_RUN_MIB", 0)
-    with pytest.raises(StackError) as refused:
-        preflight.check_engine_disk(engine, to_build=True)
-    assert refused.value.code == "E-DISK"
-    preflight.check_engine_disk(engine, to_build=False)
-    preflight.check_engine_disk(ENGINE, to_build=True)
+
+    def passes(free_gib: float, to_build: int) -> bool:
+        monkeypatch.setattr(preflight, "free_disk_mib", lambda _: int(free_gib * 1024))
+        errors = preflight._collect([lambda: preflight.check_engine_disk(engine, to_build=to_build)])
+        assert codes(errors) in ([], ["E-DISK"])
+        return not errors
+
+    for to_build, need_gib in {0: 3, 1: 3, 2: 6, 6: 12, 7: 12}.items():
+        assert passes(need_gib, to_build), f"{to_build} images"
+        assert not passes(need_gib - 0.1, to_build), f"{to_build} images"
+    preflight.check_engine_disk(ENGINE, to_build=7)
 
 
 def test_what_may_not_be_looked_at_is_no_traceback(tmp_path: Path) -> None:
     """The engine's data in somebody's home, a clone below one: not seen, or refused, as what is not there."""
     with hidden_folder(tmp_path) as hidden:
-        preflight.check_engine_disk(replace(ENGINE, root_dir=str(hidden)), to_build=True)
+        preflight.check_engine_disk(replace(ENGINE, root_dir=str(hidden)), to_build=7)
         preflight.check_disk(hidden, 1, "x")
         with pytest.raises(StackError) as refused:
             preflight.check_writable(hidden)

@@ -1,7 +1,8 @@
 """make doctor: what went wrong in the last day, why, and what to do about it.
 
 Reads the records of the kernel, the engine, Celery and Airflow; changes nothing. `--hours` looks
-further back, `--json` is for machines. Exit: 0 nothing found, 1 something was, 3 no stack.
+further back, `--json` is for machines. Exit: 0 nothing found, 1 something was, 3 no stack or no
+engine that answers.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from stack.airflow import Airflow
 from stack.compose import Compose
 from stack.errors import StackError
 from stack.observed import Overrun
-from stack.process import capture
+from stack.process import Result, capture
 
 DAY_S = 24 * 3600.0
 LOG_LINES = 20000
@@ -30,6 +30,8 @@ FAILED_TASKS = 20
 """Of the last day, latest first, whose logs are looked into."""
 DISK_LEFT_MIB = 1024
 RESTARTS = 3
+EVENTS = 256
+"""That the engine keeps, in memory; each health probe makes three."""
 MEMORY_DOC = "docs/memory.md#when-a-task-needs-more"
 
 
@@ -172,6 +174,8 @@ def _ends(evidence: Evidence) -> Iterable[Finding]:
 
 
 def _restarts(evidence: Evidence) -> Iterable[Finding]:
+    """Containers that the engine started again. It counts from anew where a person starts one."""
+    explained = {one.where for one in _ends(evidence)}
     for service, found in evidence.inspected.items():
         restarts = int(found.get("RestartCount", 0))
         at = _moment(found["State"].get("StartedAt", ""))
@@ -191,6 +195,15 @@ def _restarts(evidence: Evidence) -> Iterable[Finding]:
                 "the container ended because its memory limit was reached",
                 "the engine's own record says so (OOMKilled)",
                 _more_memory(service),
+            )
+        elif restarts and at >= evidence.since and service not in explained:
+            yield Finding(
+                at,
+                service,
+                f"it ended, and the engine started it again; restarts in all: {restarts}",
+                "the engine's own record says so (RestartCount); no event that it still has tells of a failure"
+                + ("; its memory limit was reached" if found["State"].get("OOMKilled") else ""),
+                f"`make logs S={service}` shows its last words before that",
             )
 
 
@@ -307,11 +320,13 @@ def gather(stack: Compose, airflow: Airflow | StackError, since: float) -> Evide
             timeout=60,
             check=False,
         )
+        _note_failure(evidence, f"the log of {one.service}", told)
         evidence.logs[one.service] = (told.out + told.err).splitlines()
-    label = f"label=com.docker.compose.project={stack.project}"
-    span = ["--since", str(int(since)), "--until", str(int(time.time()) + 1)]
-    events = capture(["docker", "events", *span, "--filter", label, "--format", "{{json .}}"], timeout=60, check=False)
-    evidence.events = [json.loads(line) for line in events.out.splitlines() if line.startswith("{")]
+    # All that the engine still has, other projects' too: the oldest one tells since when it has any.
+    span = ["--since", "1", "--until", str(int(time.time()) + 1)]
+    events = capture(["docker", "events", *span, "--format", "{{json .}}"], timeout=60, check=False)
+    _note_failure(evidence, "the engine's events", events)
+    _keep_events(evidence, stack.project, [json.loads(row) for row in events.out.splitlines() if row.startswith("{")])
     evidence.kernel = _kernel(evidence)
     root = capture(["docker", "info", "--format", "{{.DockerRootDir}}"], timeout=30, check=False).out.strip()
     if root and os.access(root, os.F_OK):
@@ -328,6 +343,29 @@ def gather(stack: Compose, airflow: Airflow | StackError, since: float) -> Evide
         except StackError as error:
             evidence.unread.append(f"Airflow's records: {error.what}")
     return evidence
+
+
+def _note_failure(evidence: Evidence, record: str, told: Result) -> None:
+    """Says that a record is not whole, where the command that reads it failed or ran out of time."""
+    if told.code != 0:
+        last = (told.err.strip().splitlines() or ["no reason given"])[-1]
+        evidence.unread.append(f"{record}, or not all of it: {last[:300]} (code {told.code})")
+
+
+def _keep_events(evidence: Evidence, project: str, events: list[dict[str, Any]]) -> None:
+    """Keeps a project's events of the time in question, and says where the engine has none of its beginning."""
+    times = [event.get("timeNano", 0) / 1e9 for event in events]
+    if times and min(times) > evidence.since:
+        oldest = datetime.fromtimestamp(min(times)).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        evidence.unread.append(
+            f"the engine's events before {oldest}: it keeps the last {EVENTS}, and none from before its own start"
+        )
+    evidence.events = [
+        event
+        for at, event in zip(times, events, strict=True)
+        if at >= evidence.since
+        and event.get("Actor", {}).get("Attributes", {}).get("com.docker.compose.project") == project
+    ]
 
 
 def _kernel(evidence: Evidence) -> list[tuple[float, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,18 @@ CASES = {
         Evidence(0, inspected={"mlflow": inspected() | {"RestartCount": 7}}),
         "a restart loop: the engine started it again 7 times",
     ),
+    "one restart, of which no event is left": (
+        Evidence(0, events=[event("start")], inspected={"airflow-worker": inspected() | {"RestartCount": 1}}),
+        "the engine started it again; restarts in all: 1",
+    ),
+    "one restart with its event": (
+        Evidence(
+            0,
+            events=[event("die", exitCode="137")],
+            inspected={"airflow-worker": inspected() | {"RestartCount": 1}},
+        ),
+        "it was killed (137)",
+    ),
     "WorkerLostError": (
         Evidence(0, logs={"airflow-worker": [LINE + "raised error: WorkerLostError('signal 9')"]}),
         "WorkerLostError: a pool process ended",
@@ -172,14 +185,15 @@ def test_each_record_is_explained(name: str) -> None:
         Evidence(0, events=[event("die", exitCode="0")]),
         Evidence(0, events=[event("die", exitCode="1", **{"com.docker.compose.oneoff": "True"})]),
         Evidence(0, inspected={"mlflow": inspected(Health={"Status": "healthy"})}),
+        Evidence(2e9, inspected={"mlflow": inspected() | {"RestartCount": 2}}),
         Evidence(0, names={ID: "mlflow"}, kernel=[(5, KILL.format("CONSTRAINT_MEMCG", id="another"))]),
         Evidence(0, disk={"/": 10**6}),
         Evidence(0, logs={"mlflow": ["2026-11-23T10:00:00Z all is well"]}),
     ],
 )
 def test_nothing_is_found_where_nothing_is_wrong(evidence: Evidence) -> None:
-    """Among it: a container that `make down` had to kill, `make dag-lint` that found something, and another stack's
-    kernel kill."""
+    """Among it: a container that `make down` had to kill, `make dag-lint` that found something, restarts before the
+    time in question, and another stack's kernel kill."""
     assert doctor.diagnose(evidence) == []
 
 
@@ -199,3 +213,37 @@ def test_an_engine_whose_disk_may_not_be_looked_at_is_no_traceback(
         answers = {("docker", "info"): str(hidden)}
         monkeypatch.setattr(doctor, "capture", lambda words, **_: Result(0, answers.get(tuple(words[:2]), ""), ""))
         assert doctor.gather(stack, StackError("E-X", "not asked", why="", fix=""), 0).disk == {}
+
+
+def test_events_that_the_engine_has_no_more_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a finding, for it keeps a few minutes of a healthy stack. Those of other projects and times are not ours."""
+    ours = {"com.docker.compose.project": "x"}
+    events = [event("die", 150, exitCode="1", **ours), event("die", 160, exitCode="1"), event("start", 170, **ours)]
+    stack: Any = SimpleNamespace(project="x", containers=list)
+    monkeypatch.setattr(observed, "read", lambda *_: SimpleNamespace(overruns=[]))
+
+    def gathered(since: float) -> Evidence:
+        answers = {("docker", "events"): "\n".join(json.dumps(one) for one in events)}
+        monkeypatch.setattr(doctor, "capture", lambda words, **_: Result(0, answers.get(tuple(words[:2]), ""), ""))
+        return doctor.gather(stack, StackError("E-X", "not asked", why="", fix=""), since)
+
+    early, late = gathered(100), gathered(155)
+    assert [one["timeNano"] for one in early.events] == [150e9, 170e9]
+    assert [one["timeNano"] for one in late.events] == [170e9]
+    assert any("keeps the last 256" in missing for missing in early.unread)
+    assert not any("events" in missing for missing in late.unread)
+    assert doctor.diagnose(late) == []
+
+
+@pytest.mark.parametrize(("code", "reason"), [(124, "no answer within 60 s"), (1, "Error response from daemon: oh")])
+def test_records_that_could_not_be_read_are_said(monkeypatch: pytest.MonkeyPatch, code: int, reason: str) -> None:
+    """Else `nothing found` would be told of what nobody has looked at."""
+    stack: Any = SimpleNamespace(project="x", containers=lambda: [SimpleNamespace(id=ID, service="mlflow")])
+    monkeypatch.setattr(observed, "read", lambda *_: SimpleNamespace(overruns=[]))
+    failing = Result(code, "", f"{LINE}\n{reason}\n")
+    answers = {"inspect": Result(0, json.dumps([inspected()]), ""), "logs": failing, "events": failing}
+    empty = Result(0, "", "")
+    monkeypatch.setattr(doctor, "capture", lambda words, **_: answers.get("".join(words[1:2]), empty))
+    unread = doctor.gather(stack, StackError("E-X", "not asked", why="", fix=""), 0).unread
+    for record in ("the log of mlflow", "the engine's events"):
+        assert any(missing.startswith(record) and reason in missing for missing in unread), unread

@@ -1,6 +1,7 @@
 """make status: each service's state, health, memory against its limit, and the addresses.
 
-Changes nothing. `--json` prints the same for machines. Exit: 0 all healthy, 1 something is not.
+Changes nothing. `--json` prints the same for machines. Exit: 0 all healthy, 1 something is not, 3 no stack or
+no engine that answers.
 """
 
 from __future__ import annotations

@@ -25,14 +25,14 @@ class Airflow:
         self.url = url
         self._http = Client("Airflow", url)
         token = self._http.post("/auth/token", json={"username": user, "password": password})
-        if token.status_code not in (200, 201):
+        if token.status_code in (400, 401, 403):
             raise StackError(
                 "E-LOGIN",
                 f"Airflow at {url} refused the login of {user}",
                 why=f"{token.status_code}: {token.text[:200]}",
                 fix="the password may have been changed in Airflow; `make password` prints the first one",
             )
-        self._http.headers["Authorization"] = f"Bearer {token.json()['access_token']}"
+        self._http.headers["Authorization"] = f"Bearer {_good(token).json()['access_token']}"
 
     def __enter__(self) -> Airflow:
         return self

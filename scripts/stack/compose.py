@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stack import dags
+from stack import dags, engine
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
 from stack.plan import Plan
@@ -129,6 +129,7 @@ class Compose:
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
         self.values = recorded(instance)
+        self._answered = False
         if not self.values:
             raise StackError(
                 "E-NO-INIT",
@@ -184,7 +185,9 @@ class Compose:
 
     def containers(self) -> list[Container]:
         """The containers of this project, jobs included, by service name."""
-        return containers(self.project)
+        found = containers(self.project, first=not self._answered)
+        self._answered = True
+        return found
 
     def container(self, service: str) -> Container:
         """The container of a service. Raises StackError (E-NO-STACK) where there is none."""
@@ -199,11 +202,17 @@ class Compose:
         )
 
 
-def containers(project: str) -> list[Container]:
-    """The containers with a project's label."""
-    ids = capture(
-        ["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={project}"], timeout=30
-    ).out.split()
+def containers(project: str, *, first: bool = True) -> list[Container]:
+    """The containers with a project's label. Raises StackError (E-ENGINE, E-ENGINE-ACCESS) where no engine answers
+    the `first` question of a program, before which it has changed nothing; else E-COMMAND."""
+    command = ["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={project}"]
+    try:
+        ids = capture(command, timeout=30).out.split()
+    except StackError as error:
+        # One that is only too slow is not missing.
+        if first and error.exit_code != Exit.TIMED_OUT:
+            engine.inspect()
+        raise
     if not ids:
         return []
     # Between the two calls a container may go: what is still there is told.

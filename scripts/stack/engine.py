@@ -36,7 +36,9 @@ PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("ubuntu", "24.04"): ("docker.io", "docker-compose-v2", "docker-buildx", "iptables"),
 }
 
-_APT = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qy", "-o", "DPkg::Lock::Timeout=300")
+_QUIET = ("env", "DEBIAN_FRONTEND=noninteractive")
+_APT = (*_QUIET, "apt-get", "-qy", "-o", "DPkg::Lock::Timeout=300")
+_APT_FOLDER = Path("/etc/apt")
 _ANSWER_S = 15
 _LOG = Path("/var/log/stack-dockerd.log")
 _START_PATIENCE_S = 90
@@ -237,6 +239,10 @@ def _apt(on_line: Callable[[str], None], *words: str) -> None:
         lines.append(line)
         on_line(line[:80])
 
+    if words[0] == "install":
+        # apt-get refuses where an earlier installation was broken off. On a sound host this does nothing; where it
+        # fails, another program may have the lock: apt-get waits for that, and what counts is how it ends.
+        stream([*_QUIET, "dpkg", "--configure", "-a"], timeout=900, on_line=lambda line: on_line(line[:80]))
     code = stream([*_APT, *words], timeout=900, on_line=keep)
     # A source of somebody else's that does not answer fails `update`; what counts is `install`.
     if code != 0 and words[0] != "update":
@@ -270,11 +276,14 @@ def _debian_mirror() -> str:
 def _add_trixie() -> None:
     """Makes Debian 13's packages available, at a priority that upgrades nothing by itself."""
     say("Debian 12's engine is too old: adding Debian 13 as a source of low priority (/etc/apt/*/stack-trixie*)")
-    Path("/etc/apt/sources.list.d/stack-trixie.sources").write_text(
-        f"Types: deb\nURIs: {_debian_mirror()}\nSuites: trixie\nComponents: main\n"
+    mirror = _debian_mirror()
+    # The pin first: an interruption in between must not leave a source that upgrades the whole host.
+    pin = _APT_FOLDER / "preferences.d/stack-trixie"
+    pin.write_text("Package: *\nPin: release n=trixie*\nPin-Priority: 100\n")
+    (_APT_FOLDER / "sources.list.d/stack-trixie.sources").write_text(
+        f"Types: deb\nURIs: {mirror}\nSuites: trixie\nComponents: main\n"
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
     )
-    Path("/etc/apt/preferences.d/stack-trixie").write_text("Package: *\nPin: release n=trixie*\nPin-Priority: 100\n")
 
 
 def start(host: Host) -> None:

@@ -146,7 +146,7 @@ def _failure(words: Sequence[str], why: str, output: str, code: Exit = Exit.FAIL
         f"a command failed: {shlex.join(words)[:400]}",
         why=f"{why}\n{tail}" if tail else why,
         fix="read the lines above; the same command can be run by hand",
-        changed="see above",
+        changed="what was done before that stays",
         exit_code=code,
     )
 

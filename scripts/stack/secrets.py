@@ -69,6 +69,8 @@ PRIMARY: Mapping[str, Callable[[], str]] = {
 
 SHORTEST = 12
 """Characters of a password in MLflow (`_validate_password` of its server/auth)."""
+SHORTEST_S3 = 8
+"""Characters of a secret in MinIO."""
 
 RENEWABLE = frozenset({"serving_s3_secret", "mlflow_serving_password", "serving_token"})
 """Made where they are missing, although there is data: `make up` sets them anew in MLflow and in the store, and
@@ -166,7 +168,7 @@ def given(directory: Path) -> dict[str, str]:
 def check(directory: Path, *, data_exists: bool) -> list[str]:
     """The primary secrets that are not there yet. Changes nothing.
 
-    Raises StackError: E-SECRET for a file that is empty, unreadable or a link, E-SECRET-LOST for a missing
+    Raises StackError: E-SECRET for a file that is empty, unreadable, a link or of no use, E-SECRET-LOST for a missing
     one while volumes of this stack exist, whose data was written with it.
     """
     for path in (directory / name for name in names()):
@@ -197,19 +199,39 @@ def check(directory: Path, *, data_exists: bool) -> list[str]:
 
 def _check_form(path: Path, *, fresh: bool) -> None:
     """Raises StackError (E-SECRET) for one that a container reads otherwise than we do (it drops line feeds at the
-    end, and nothing else), and for a first password that MLflow would refuse (of a fresh stack: it may be another's
-    by now)."""
+    end, and nothing else), and, of a fresh stack, for one that a service could not use. Where there is data, it may be
+    another's by now, or has proved itself."""
     text = path.read_bytes().decode().rstrip("\n")
     if text != text.strip() or not text.isprintable():
         why = "it begins or ends with a blank, or has a control character in it: a carriage return, say"
-    elif path.name == "admin_password" and fresh and len(text) < SHORTEST:
-        why = f"it has {len(text)} characters; MLflow takes {SHORTEST} or more"
-    else:
+    elif not fresh or not (why := _useless(path.name, text)):
         return
     fix = "write it anew, as one line of text"
     if not fresh:
         fix += ".\nA login that was made with it keeps it, blanks and all: change it in the web pages, too"
     raise StackError("E-SECRET", f"the secret {path} cannot be used", why=why, fix=fix)
+
+
+def _useless(name: str, text: str) -> str:
+    """Why a service could not use a primary secret of this text; empty where it can. What may work is not refused,
+    however odd: the secrets of a restored stack are there before its data."""
+    if name in ("admin_password", "mlflow_airflow_password", "mlflow_serving_password") and len(text) < SHORTEST:
+        return f"it has {len(text)} characters; MLflow takes {SHORTEST} or more"
+    if (name == "minio_root_password" or name.endswith("_s3_secret")) and len(text) < SHORTEST_S3:
+        return f"it has {len(text)} characters; MinIO takes {SHORTEST_S3} or more"
+    # What stands in a URL as it is; Flower takes a list of logins.
+    special = {"redis_password": "@/?#%[]", "flower_password": ","}.get(name, "@/%[]" if "_db_" in name else "")
+    if set(special) & set(text):
+        return f"it has one of the characters {special} in it, which mean something else where it is read"
+    if name == "fernet_key":
+        try:
+            # Several, separated by commas, where keys were rotated.
+            good = all(len(base64.urlsafe_b64decode(key)) == 32 for key in text.split(","))
+        except ValueError:
+            good = False
+        if not good:
+            return "it is no Fernet key: 32 bytes as URL-safe base64, 44 characters"
+    return ""
 
 
 def _read(path: Path) -> str | None:

@@ -169,6 +169,35 @@ def test_a_bare_host_gets_everything(bare: Bare, capsys: pytest.CaptureFixture[s
     assert "not installed: Docker Engine." in capsys.readouterr().err
 
 
+def test_an_interrupted_installation_is_ended_first(bare: Bare) -> None:
+    """dpkg refuses every other installation until then. Where it cannot have its lock, apt-get waits for that."""
+    bare.has("dpkg", f'echo " dpkg $*" >> {bare.folder}/told; exit 2')
+    ensure()
+    told = (bare.folder / "told").read_text().splitlines()
+    (installs,) = [number for number, line in enumerate(told) if " install " in line]
+    assert told[installs - 1] == " dpkg --configure -a"
+
+
+def test_debian_13s_packages_never_come_without_their_low_priority(
+    bare: Bare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off between the two files (here there is no folder for the second one), no upgrade of the host is left;
+    without a mirror neither is written."""
+    monkeypatch.setattr(engine, "_APT_FOLDER", tmp_path / "apt")
+    pin, sources = tmp_path / "apt/preferences.d/stack-trixie", tmp_path / "apt/sources.list.d"
+    pin.parent.mkdir(parents=True)
+    with pytest.raises(StackError, match="no Debian mirror"):
+        engine._add_trixie()
+    assert not pin.exists()
+    bare.has("apt-get", "echo Debian bookworm http://deb.example/debian/")
+    with pytest.raises(FileNotFoundError):
+        engine._add_trixie()
+    assert "Pin-Priority: 100" in pin.read_text()
+    sources.mkdir()
+    engine._add_trixie()
+    assert "URIs: http://deb.example/debian\n" in (sources / "stack-trixie.sources").read_text()
+
+
 def test_beside_the_distributions_engine_only_the_plugin_is_installed(
     bare: Bare, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,6 +170,42 @@ def test_a_first_password_of_ones_own(made: Path, content: bytes, *, fresh_only:
         assert refused.value.code == "E-SECRET"
 
 
+KEY = "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
+OWN = [
+    *(("airflow_db_password", f"LongEnough{character}12", False) for character in "@/%[]"),
+    ("mlflow_auth_db_password", "Long:+=$Enough #12", True),
+    *(("redis_password", f"LongEnough{character}12", False) for character in "@/?#%[]"),
+    ("postgres_password", "Any/thing@all", True),
+    ("flower_password", "one,two", False),
+    ("flower_password", "one/two", True),
+    ("minio_root_password", "seven77", False),
+    ("pipelines_s3_secret", "seven77", False),
+    ("pipelines_s3_secret", "eight/8+", True),
+    ("mlflow_airflow_password", "ElevenOnly1", False),
+    ("jwt_secret", "any/thing+of=base64", True),
+    ("fernet_key", KEY, True),
+    ("fernet_key", f"{KEY},{KEY}", True),
+    ("fernet_key", "a-passphrase", False),
+    ("fernet_key", KEY[:-4], False),
+    ("fernet_key", f"{KEY},", False),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "usable"), OWN)
+def test_a_secret_of_ones_own_that_no_service_could_use(made: Path, name: str, text: str, *, usable: bool) -> None:
+    """Refused before a cluster is made with it; where there is data it is left to its services, as before."""
+    (made / name).chmod(0o600)
+    (made / name).write_text(f"{text}\n")
+    assert secrets.check(made, data_exists=True) == []
+    if usable:
+        assert secrets.check(made, data_exists=False) == []
+        return
+    with pytest.raises(StackError, match=f"{name} cannot be used") as refused:
+        secrets.check(made, data_exists=False)
+    assert refused.value.code == "E-SECRET"
+    assert text not in str(refused.value)
+
+
 def test_what_another_has_made_meanwhile_stays(made: Path) -> None:
     """Two `make up` at the same moment: the one that comes later has the other's secrets."""
     before = {path: path.read_bytes() for path in made.iterdir()}

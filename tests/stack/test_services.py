@@ -161,6 +161,13 @@ def test_timeouts_fit_each_other() -> None:
     assert ours.getint("celery_broker_transport_options", "visibility_timeout") >= timedelta(days=7).total_seconds()
 
 
+@pytest.mark.parametrize(("service", "most"), [("airflow-worker", 2), ("mlflow", 1)])
+def test_libraries_make_few_threads_on_any_host(stack: StackUnderTest, service: str, most: int) -> None:
+    """Else they make one for each CPU, which takes more memory on a larger host than a task has."""
+    told = stack.python(service, "import os; print(os.environ['OPENBLAS_NUM_THREADS'], os.environ['OMP_NUM_THREADS'])")
+    assert told.output.split() == [str(most), str(most)], told.output
+
+
 @pytest.mark.shipped
 def test_the_shipped_pipeline_is_there_and_paused(airflow: Airflow, stack: StackUnderTest) -> None:
     """The shipped DAG is read without errors; nothing runs before somebody wants it."""

@@ -25,6 +25,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="the running stack may have DAGs and packages of its own"))
 
 
+# As on any host: what make and argparse say is looked at, and what is written here is read by a container's user.
+os.environ |= {"LC_ALL": "C.UTF-8", "LANGUAGE": "en"}
+os.umask(0o022)
+
 TIMINGS = pytest.StashKey[dict[str, float]]()
 
 

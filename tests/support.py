@@ -242,6 +242,8 @@ def free_ports(count: int) -> list[int]:
 
 def throwaway(request: pytest.FixtureRequest) -> Iterator[StackUnderTest]:
     """Builds what is due, then starts the stack as the README says; deletes all of it at the end."""
+    # Of whoever calls: with it the throwaway's commands would be about that stack.
+    os.environ.pop("STACK_DIR", None)
     say = request.config.get_terminal_writer().line
     say(f"\nbuilding what is due, then starting a throwaway stack ({PROJECT})")
     remove_leftovers()

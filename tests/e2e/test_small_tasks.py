@@ -39,8 +39,13 @@ def fan(stack: StackUnderTest, airflow: Airflow) -> Iterator[Fan]:
         assert airflow.follow(DAG_ID, run_id, patience=120) == "success"
         instances = airflow.task_instances(DAG_ID, run_id)
         assert len(instances) == TASKS + 1
-        ended = {one["id"]: datetime.fromisoformat(one["end_date"]) for one in instances}
+        ended = {one["id"]: moment(one["end_date"]) for one in instances}
         yield Fan(ended, min(one["queued_when"] for one in instances))
+
+
+def moment(text: str) -> datetime:
+    """A time as the API and the log have it; Python 3.10 does not read the Z."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
 def words(stack: StackUnderTest, service: str, fan: Fan) -> list[str]:
@@ -54,7 +59,7 @@ def test_a_slot_is_free_when_its_task_has_ended(stack: StackUnderTest, fan: Fan)
 
     def freed() -> dict[str, datetime]:
         found = (FREED.match(line) for line in words(stack, "airflow-worker", fan))
-        return {one["id"]: datetime.fromisoformat(one["when"]) for one in found if one and one["id"] in fan.ended}
+        return {one["id"]: moment(one["when"]) for one in found if one and one["id"] in fan.ended}
 
     seen = wait_until(lambda: len(freed()) == TASKS + 1 and freed(), 30, "every task's pool process is free")
     held = {one: (seen[one] - ended).total_seconds() for one, ended in fan.ended.items()}

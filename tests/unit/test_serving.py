@@ -162,6 +162,13 @@ def test_what_is_short_in_a_request_is_not_long_in_memory(
     assert peak < 8 * size
 
 
+def test_a_text_without_an_end_is_refused_at_once() -> None:
+    """A body that was cut, of quotes that are none: not a search from each of them to the end."""
+    began = time.monotonic()
+    assert refused(b'{"a": "' + b'\\"' * (inputs.LARGE // 2)).status == 400
+    assert time.monotonic() - began < 10
+
+
 def test_brackets_in_a_text_are_no_rows() -> None:
     text = '[{ "\\' * inputs.LARGE
     assert read({"instances": [{"a": 1, "b": 2, "note": text}]})["note"] == [text]

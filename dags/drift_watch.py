@@ -15,6 +15,7 @@ imported inside the tasks, so that reading this file stays quick.
 
 from __future__ import annotations
 
+import contextlib
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -391,12 +392,15 @@ def drift_watch() -> None:
     def retrain(verdict: dict[str, Any]) -> None:
         """Updates the asset, which triggers the training pipeline; remembers on the version that it was done."""
         from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
 
         context = get_current_context()
         # Before the asset, which is updated when this task has ended well. A second attempt finds its own run's name
         # here and goes on; a later run finds another's and does not get here.
         MlflowClient().set_model_version_tag(MODEL_NAME, verdict["version"], ASKED, context["run_id"])
-        have_seen(verdict)
+        # It is asked for: that this look be forgotten must not keep the asset from being updated.
+        with contextlib.suppress(MlflowException):
+            have_seen(verdict)
         context["outlet_events"][DRIFT].extra = {
             "model": MODEL_NAME,
             "version": verdict["version"],

@@ -231,6 +231,13 @@ def hidden_folder(base: Path) -> Iterator[Path]:
         hidden.parent.chmod(0o700)
 
 
+def script(path: Path, body: str) -> None:
+    """A shell script that can be run, in place of what is there: a link is not followed."""
+    path.unlink(missing_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
     with contextlib.ExitStack() as held:

@@ -13,7 +13,7 @@ import pytest
 from stack import compose, secrets
 from stack.instance import ROOT
 from stack.settings import DEFAULTS
-from tests.support import Run, run
+from tests.support import Run, run, script
 
 PROJECT = "mlstack-refused"
 
@@ -140,15 +140,14 @@ def test_an_engine_that_is_too_old(instance: Path, tmp_path: Path, server: str, 
     """A `docker` that reports an old version stands in for an old engine, which cannot be had here."""
     fake = tmp_path / "bin" / "docker"
     fake.parent.mkdir()
-    fake.write_text(
-        "#!/bin/sh\n"
+    script(
+        fake,
         f'case "$*" in\n"compose version"*) [ -n "{client}" ] || exit 1; echo "{client}";;\n'
         '"buildx version") echo "github.com/docker/buildx v0.13.1 x";;\n'
         f'"version"*) echo "{server}";;\n'
         f"""info*) echo '{{"ServerVersion":"{server}","MemTotal":25000000000,"NCPU":2,"MemoryLimit":true}}';;\n"""
-        "*) exit 1;;\nesac\n"
+        "*) exit 1;;\nesac",
     )
-    fake.chmod(0o755)
     env = {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
     code = "E-ENGINE-OLD" if client else "E-ENGINE"
     assert_refused(init(instance, *FREE, "INSTALL_ENGINE=never", env=env), instance, code, text)

@@ -12,6 +12,7 @@ from stack import compose, dags, preflight, secrets, settings
 from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
 from stack.settings import DEFAULTS, Settings
+from tests.support import script
 from tests.unit.test_preflight import HOST
 
 HTTPS = settings.parse("DAGS_GIT_URL=https://git.example/team/dags.git")
@@ -121,11 +122,11 @@ class Docker:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder = folder
-        (folder / "docker").write_text(
-            '#!/bin/sh\n[ "$1" = run ] || exit 1\n'
-            f"echo \"$@\" > '{folder}/words'\ncat > '{folder}/question'\ncat '{folder}/answer'\n"
+        script(
+            folder / "docker",
+            '[ "$1" = run ] || exit 1\n'
+            f"echo \"$@\" > '{folder}/words'\ncat > '{folder}/question'\ncat '{folder}/answer'",
         )
-        (folder / "docker").chmod(0o755)
         monkeypatch.setenv("PATH", str(folder), prepend=":")
 
     def answers(self, problem: str, said: str = "", refs: tuple[str, ...] = ()) -> None:

@@ -12,6 +12,7 @@ import pytest
 from stack import engine
 from stack.errors import Exit, StackError
 from stack.host import Host
+from tests.support import script
 
 INFO: dict[str, Any] = {
     "ServerVersion": "26.1.5+dfsg1",
@@ -28,16 +29,15 @@ class Docker:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        program = folder / "docker"
-        program.write_text(f"""#!/bin/sh
-case "$1" in
+        script(
+            folder / "docker",
+            f"""case "$1" in
   info) cat '{folder}/err' >&2; cat '{folder}/info'; exit "$(cat '{folder}/code')" ;;
   compose) cat '{folder}/compose' ;;
   buildx) echo 'github.com/docker/buildx 0.13.1 abc' ;;
   *) exit 99 ;;
-esac
-""")
-        program.chmod(0o755)
+esac""",
+        )
         self.says(INFO)
 
     def says(self, info: dict[str, Any] | str, *, err: str = "", code: int = 0, compose: str = "2.26.1-4\n") -> None:
@@ -127,8 +127,7 @@ class Bare:
         self.has("env", 'shift; exec "$@"')
 
     def has(self, program: str, body: str) -> None:
-        (self.folder / program).write_text(f"#!/bin/sh\n{body}\n")
-        (self.folder / program).chmod(0o755)
+        script(self.folder / program, body)
 
     def engine(self, package: str, *lacking: str) -> None:
         """A dockerd of a package, a client without some plugins, and an engine that answers."""

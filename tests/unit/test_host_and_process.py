@@ -20,7 +20,7 @@ from stack import compose, engine, host, images, preflight, process
 from stack.errors import Exit, StackError, run_main
 from stack.instance import ROOT, write
 from stack.settings import DEFAULTS
-from tests.support import gone, wait_until
+from tests.support import gone, script, wait_until
 
 
 def tree(base: Path, files: dict[str, str]) -> None:
@@ -281,8 +281,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file with what the `docker` on the PATH does for anything but `image inspect`: it has no image."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "docker").write_text(f"#!/bin/sh\n[ \"$1\" = image ] && exit 1\n. '{folder}/does'\n")
-    (folder / "docker").chmod(0o755)
+    script(folder / "docker", f"[ \"$1\" = image ] && exit 1\n. '{folder}/does'")
     monkeypatch.setenv("PATH", str(folder), prepend=":")
     return folder / "does"
 

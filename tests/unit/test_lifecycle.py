@@ -22,7 +22,7 @@ from stack.errors import Exit, StackError
 from stack.instance import ROOT, Instance
 from stack.plan import load_sizing, make_plan
 from stack.settings import DEFAULTS
-from tests.support import gone, wait_until
+from tests.support import gone, script, wait_until
 
 
 class Docker:
@@ -30,18 +30,17 @@ class Docker:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        program = folder / "docker"
-        program.write_text(f"""#!/bin/sh
-echo "$*" >> '{folder}/calls'
+        script(
+            folder / "docker",
+            f"""echo "$*" >> '{folder}/calls'
 case "$*" in
   compose*) env > '{folder}/env'; . '{folder}/compose' ;;
   ps*) cat '{folder}/ids' ;;
   inspect*) cat '{folder}/containers' ;;
   volume*) cat '{folder}/volumes' ;;
   image*) exit 1 ;;
-esac
-""")
-        program.chmod(0o755)
+esac""",
+        )
         for name in ("calls", "compose", "ids", "containers", "volumes"):
             (folder / name).touch()
 

@@ -16,7 +16,7 @@ from stack.engine import Engine
 from stack.errors import Exit, StackError
 from stack.host import Host
 from stack.instance import ROOT, Instance
-from tests.support import free_ports, hidden_folder
+from tests.support import free_ports, hidden_folder, script
 
 HOST = Host(8192, 2, "x86_64", "debian", "13", root=False, systemd=True)
 ENGINE = Engine("26.1.5", "2.26.1", 8192, 2, "/no/such/root", memory_limits=True)
@@ -38,8 +38,7 @@ def fake_docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A `docker` that prints the content of a file, whatever it is asked."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "docker").write_text(f"#!/bin/sh\ncat '{folder}/answer'\n")
-    (folder / "docker").chmod(0o755)
+    script(folder / "docker", f"cat '{folder}/answer'")
     (folder / "answer").touch()
     monkeypatch.setenv("PATH", str(folder), prepend=":")
     return folder / "answer"

@@ -577,7 +577,8 @@ def test_one_large_body_is_read_at_a_time(
         seen.append(len(inside))
         if len(inside) == 2:
             both.set()
-        both.wait(0.5)
+        # Long enough for one that may come in, and for one that may not to show that it does.
+        both.wait(10 if at_once == 2 else 0.5)
         inside.pop()
         return parse(*words)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from stack.instance import ROOT
+from tests.support import script
 
 BASE = ROOT / "dockerfiles/base"
 
@@ -210,9 +211,7 @@ def test_a_host_without_python_is_refused_unchanged(bare_host: Path) -> None:
 
 def test_an_old_python_is_refused_unchanged(bare_host: Path) -> None:
     """The first question that venv.sh asks it is its version; this one's answer is no."""
-    python = bare_host / "bin/python3"
-    python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.1"; exit 1\n')
-    python.chmod(0o755)
+    script(bare_host / "bin/python3", '[ "$1" = --version ] && echo "Python 3.8.1"; exit 1')
     done = venv(bare_host)
     assert done.returncode == 3, done
     assert "Python 3.8.1 is too old" in done.stderr
@@ -288,9 +287,7 @@ def test_a_host_without_flock_does_not_wait(bare_host: Path) -> None:
         "id": "echo 1000",
         "python3": f'[ "$2" != venv ] || {{ mkdir -p "$4/bin"; cp {bare_host}/bin/true "$4/bin/python"; }}',
     }.items():
-        (bare_host / "bin" / name).unlink(missing_ok=True)
-        (bare_host / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
-        (bare_host / "bin" / name).chmod(0o755)
+        script(bare_host / "bin" / name, body)
     with prepared_elsewhere(bare_host):
         done = venv(bare_host)
     assert (done.returncode, done.stderr) == (0, "--> preparing the Python environment var/venv\n")
@@ -304,9 +301,7 @@ def test_apt_waits_for_whoever_installs_something(bare_host: Path) -> None:
         "id": "echo 0",
         "apt-get": f'echo "$*" >> {bare_host}/told; exit 1',
     }.items():
-        (bare_host / "bin" / name).unlink(missing_ok=True)
-        (bare_host / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
-        (bare_host / "bin" / name).chmod(0o755)
+        script(bare_host / "bin" / name, body)
     assert "python3-venv could not be installed" in venv(bare_host).stderr
     told = (bare_host / "told").read_text().splitlines()
     assert len(told) == 2
@@ -316,8 +311,7 @@ def test_apt_waits_for_whoever_installs_something(bare_host: Path) -> None:
 def test_a_current_environment_is_left_alone(bare_host: Path) -> None:
     """Only its own Python is asked, and pip is not run: `make` calls it before every verb."""
     (bare_host / "var/venv/bin").mkdir(parents=True)
-    (bare_host / "var/venv/bin/python").write_text('#!/bin/sh\n[ "$3" = "import pip" ]\n')
-    (bare_host / "var/venv/bin/python").chmod(0o755)
+    script(bare_host / "var/venv/bin/python", '[ "$3" = "import pip" ]')
     shutil.copy(bare_host / "x.lock", bare_host / "var/venv/.x.lock")
     done = venv(bare_host)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

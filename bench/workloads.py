@@ -75,7 +75,7 @@ def until_visible(airflow: Airflow, tag: str, files: int) -> None:
 
 
 def moment(text: str) -> float:
-    """Seconds since 1970 of an API's time."""
+    """Seconds since 1970 of a time as APIs and logs have it; Python 3.10 does not read the Z."""
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 

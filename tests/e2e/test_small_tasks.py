@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 
 import pytest
 
+from bench.workloads import moment
 from stack.airflow import Airflow
 from tests.support import StackUnderTest, dag_file, run, wait_until
 
@@ -24,8 +24,8 @@ FREED = re.compile(r"(?P<when>\S+) .*Workload finished .*workload_id=(?P<id>\S+)
 class Fan:
     """A run of small tasks that has ended."""
 
-    ended: dict[str, datetime]
-    """When each of its task instances ended, by id."""
+    ended: dict[str, float]
+    """When each of its task instances ended, by id: seconds since 1970."""
     since: str
     """When the first one was queued: for `docker logs`."""
 
@@ -43,11 +43,6 @@ def fan(stack: StackUnderTest, airflow: Airflow) -> Iterator[Fan]:
         yield Fan(ended, min(one["queued_when"] for one in instances))
 
 
-def moment(text: str) -> datetime:
-    """A time as the API and the log have it; Python 3.10 does not read the Z."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
-
-
 def words(stack: StackUnderTest, service: str, fan: Fan) -> list[str]:
     """What a service wrote since the run began."""
     return run("docker", "logs", "--since", fan.since, stack.container(service)).output.splitlines()
@@ -57,12 +52,12 @@ def test_a_slot_is_free_when_its_task_has_ended(stack: StackUnderTest, fan: Fan)
     """Airflow's supervisor looks for the end once its task's streams are closed, and next after the
     interval between two heartbeats: the guard keeps one of them open until the end can be seen."""
 
-    def freed() -> dict[str, datetime]:
+    def freed() -> dict[str, float]:
         found = (FREED.match(line) for line in words(stack, "airflow-worker", fan))
         return {one["id"]: moment(one["when"]) for one in found if one and one["id"] in fan.ended}
 
     seen = wait_until(lambda: len(freed()) == TASKS + 1 and freed(), 30, "every task's pool process is free")
-    held = {one: (seen[one] - ended).total_seconds() for one, ended in fan.ended.items()}
+    held = {one: seen[one] - ended for one, ended in fan.ended.items()}
     assert max(held.values()) < HEARTBEAT_S / 2, held
 
 

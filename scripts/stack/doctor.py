@@ -177,32 +177,32 @@ def _restarts(evidence: Evidence) -> Iterable[Finding]:
     """Containers that the engine started again. It counts from anew where a person starts one."""
     explained = {one.where for one in _ends(evidence)}
     for service, found in evidence.inspected.items():
-        restarts = int(found.get("RestartCount", 0))
-        at = _moment(found["State"].get("StartedAt", ""))
-        if restarts >= RESTARTS and at >= evidence.since:
+        state = found["State"]
+        at = _moment(state.get("StartedAt", ""))
+        restarts = int(found.get("RestartCount", 0)) if at >= evidence.since else 0
+        limit = "; its memory limit was reached" if state.get("OOMKilled") else ""
+        if restarts >= RESTARTS:
             yield Finding(
                 at,
                 service,
                 f"a restart loop: the engine started it again {restarts} times",
-                "it ends soon after each start"
-                + ("; its memory limit was reached" if found["State"].get("OOMKilled") else ""),
+                f"it ends soon after each start{limit}",
                 f"`make logs S={service}` shows its last words before each end",
             )
-        elif found["State"].get("OOMKilled") and not found["State"].get("Running"):
+        elif state.get("OOMKilled") and not state.get("Running"):
             yield Finding(
-                _moment(found["State"].get("FinishedAt", "")),
+                _moment(state.get("FinishedAt", "")),
                 service,
                 "the container ended because its memory limit was reached",
                 "the engine's own record says so (OOMKilled)",
                 _more_memory(service),
             )
-        elif restarts and at >= evidence.since and service not in explained:
+        elif restarts and service not in explained:
             yield Finding(
                 at,
                 service,
                 f"it ended, and the engine started it again; restarts in all: {restarts}",
-                "the engine's own record says so (RestartCount); no event that it still has tells of a failure"
-                + ("; its memory limit was reached" if found["State"].get("OOMKilled") else ""),
+                f"the engine's own record says so (RestartCount); no event that it still has tells of a failure{limit}",
                 f"`make logs S={service}` shows its last words before that",
             )
 

@@ -120,7 +120,7 @@ class Bench:
             "large_cpu": workloads.dag("bench_large_cpu", warm=False),
         }
         if quick:
-            # The same code as the next.
+            # The same code as the last.
             del self.airflow["chain"], self.airflow["small_cpu"]
 
     def _take(self, side: str, name: str, measure: Callable[[], Sample]) -> bool:

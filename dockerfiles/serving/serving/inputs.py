@@ -29,6 +29,8 @@ LARGE = 256 << 10
 up to 32 times as large as they are, and what brackets become 44 times."""
 MARK = re.compile(rb'\\.|["\[{]', re.DOTALL)
 """An escaped character, the end of a text or its beginning, a bracket. Each match is short, whatever the body is."""
+AROUND = 10
+"""Brackets around the rows of a request: no format has more than five."""
 YEARS = range(1678, 2262)
 """Moments that NumPy counts in nanoseconds, of which models are made."""
 
@@ -105,7 +107,7 @@ def _too_many() -> RefusedError:
 
 def _from_json(body: bytes, columns: Sequence[Column]) -> Table:
     # A row is a list or an object at the most.
-    if len(body) > LARGE and sum(1 for _ in itertools.islice(_opened(body), ROWS + TOLD)) == ROWS + TOLD:
+    if len(body) > LARGE and sum(1 for _ in itertools.islice(_opened(body), ROWS + AROUND)) == ROWS + AROUND:
         raise _too_many()
     try:
         document = json.loads(body.decode("utf-8"), parse_constant=_no_number)
